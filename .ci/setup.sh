@@ -1,0 +1,27 @@
+#!/bin/sh
+# Set up .venv with everything the project needs: `make setup` calls this where it is missing or out of date.
+set -eu
+say() { printf 'miniai: %s\n' "$*" >&2; }
+
+find_python() {
+    for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
+        if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$p"; return; fi
+    done
+    return 1
+}
+
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+    if ! python=$(find_python); then
+        say "needs Python 3.11 or newer. Install it, or name it: make PYTHON=/path/to/python3.12 $1"; exit 1
+    fi
+    if ! err=$("$python" -m venv --clear .venv 2>&1); then
+        say "$python cannot make a virtual environment (on Debian or Ubuntu: sudo apt install python3-venv). $(echo "$err" | tail -n 1)"
+        rm -rf .venv; exit 1
+    fi
+fi
+
+say "installing into .venv. On Linux torch brings its CUDA libraries, 5 GB in all: some minutes"
+if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; then
+    say "the installation failed; the reason stands above. Run make again to go on where it stopped"; exit 1
+fi
+touch .venv/.ready

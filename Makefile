@@ -1,0 +1,42 @@
+# miniai. On a fresh machine `make demo` or `make test` is all there is to type.
+VENV = .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+LESSONS = $(wildcard nbs/10_*.ipynb nbs/11_*.ipynb nbs/12_*.ipynb nbs/13_*.ipynb)
+
+.PHONY: help setup demo test lessons data bench docs lab export clean
+
+help: ## list these commands (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## install everything into .venv, if that is not done yet
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@sh .ci/setup.sh $(MAKECMDGOALS)
+
+demo: $(READY) ## train a diffusion model on pictures of clothes and draw new ones, into _run/
+	@$(BIN)/python .ci/lesson.py nbs/12_ddpm.ipynb
+
+test: $(READY) ## check that package and notebooks agree, run tests/, then run every notebook
+	@$(BIN)/python tests/run.py
+
+lessons: $(READY) ## run the lesson notebooks in full for this machine, into _run/
+	@$(BIN)/python .ci/lesson.py $(LESSONS)
+
+data: ## fetch Fashion-MNIST where apt is there, without root
+	@sh .ci/data.sh
+
+bench: $(READY) ## measure what the Learner and the loaders cost
+	@for f in tests/bench/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+docs: $(READY) ## build the website into _site/
+	@sh .ci/docs.sh
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: $(READY) ## clean the notebooks and write the package from them
+	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
+
+clean: ## remove what the commands above made, but keep .venv
+	@rm -rf _run _site build *.egg-info .pytest_cache miniai/__pycache__ tests/__pycache__ nbs/.ipynb_checkpoints
