@@ -2,7 +2,7 @@
 
 python .ci/lesson.py nbs/12_ddpm.ipynb [more notebooks]
 """
-import argparse, html, os, re, signal, sys, time, warnings
+import argparse, asyncio, html, os, re, shutil, signal, sys, time, warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore', category=DeprecationWarning)
@@ -19,7 +19,7 @@ class Live:
     def __init__(self): self.tty,self.shown,self.text = sys.stdout.isatty(),0.,''
     def status(self, text):
         self.text = text
-        if self.tty: print(f'\r\x1b[K{text[:os.get_terminal_size().columns-1]}', end='', flush=True)
+        if self.tty: print(f'\r\x1b[K{text[:shutil.get_terminal_size().columns-1]}', end='', flush=True)
         elif time.monotonic()-self.shown > 30: print(text, flush=True); self.shown = time.monotonic()
     def line(self, text):
         print(f'\r\x1b[K{text}' if self.tty else text, flush=True)
@@ -33,7 +33,8 @@ def plain(s): return ' '.join(html.unescape(re.sub(r'<[^>]+>', ' ', s)).split())
 class Lesson(NotebookClient):
     "A notebook that is being run: its prints and progress bars are shown as they come"
     def __init__(self, path, live):
-        super().__init__(nbformat.read(path, as_version=4), timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+        super().__init__(nbformat.read(path, as_version=4), timeout=None, kernel_name='python3',
+                         extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(path.parent)}})
         self.live,self.rows,self.title,self.interrupted = live,0,'',False
 
     async def async_execute_cell(self, cell, index, **kwargs):
@@ -55,9 +56,10 @@ class Lesson(NotebookClient):
         rows = re.findall(r'<tr.*?</tr>', markup, re.S)
         for row in rows[self.rows:]: self.live.line('  '.join(f'{plain(o):>9}' for o in re.findall(r'<t[hd].*?</t[hd]>', row, re.S)))
         self.rows = max(self.rows, len(rows))
-        if bars := re.findall(r'</progress>\s*([^<]+)', markup): self.live.status(' | '.join(plain(o) for o in bars))
+        if text := ' | '.join(plain(o) for o in re.findall(r'</progress>\s*([^<]+)', markup) if plain(o)): self.live.status(f'{self.title}: {text}')
 
-    def interrupt(self, *_):
+    def interrupt(self):
+        "Ctrl-C goes to the cell that runs, in place of nbclient's own answer, which is to kill the kernel"
         self.interrupted = True
         if self.km is not None: os.kill(self.km.provisioner.pid, signal.SIGINT)
 
@@ -65,9 +67,9 @@ def run(path):
     "Run one notebook; returns what to say about how it ended, or `None` if it ended well"
     live = Live()
     lesson = Lesson(path, live)
-    lesson.on_notebook_start = lambda **kw: signal.signal(signal.SIGINT, lesson.interrupt)
+    lesson.on_notebook_start = lambda **kw: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lesson.interrupt)
     problem = None
-    try: lesson.execute(cwd=str(path.parent))
+    try: lesson.execute()
     except CellExecutionError as e:
         problem = f'interrupted in "{lesson.title}"' if lesson.interrupted else f'failed in "{lesson.title}":\n{e}'
     except DeadKernelError: problem = f'ended in "{lesson.title}": the kernel died, perhaps for lack of memory'

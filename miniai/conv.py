@@ -33,16 +33,17 @@ def _default_device() -> str:
 
 def_device = _default_device()
 
-# %% ../nbs/03_conv.ipynb #b68d0442
+# %% ../nbs/03_conv.ipynb #02b1d321
 def to_device(
     x, # a tensor, or lists, tuples and dicts of them, nested as you like; anything else is left as it is
     device=def_device
 ): # the same structure, its tensors on `device`
     "Move all tensors in `x` to `device`"
-    if isinstance(x, torch.Tensor): return x.to(device, non_blocking=x.is_pinned()) if x.device.type == 'cpu' else x.to(device)
+    if isinstance(device, str): device = torch.device(device)
     if isinstance(x, (list, tuple)):
         moved = [to_device(o, device) for o in x]
         return type(x)(*moved) if hasattr(x, '_fields') else type(x)(moved)
+    if isinstance(x, torch.Tensor): return x if x.device == device else x.to(device, non_blocking=device.type == 'cuda')
     if isinstance(x, Mapping): return {k: to_device(v, device) for k,v in x.items()}
     return x
 

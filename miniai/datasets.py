@@ -7,11 +7,10 @@ __all__ = ['FASHION_CLASSES', 'IDX_FILES', 'HUB_ID', 'read_idx', 'to_dataset', '
            'idx_folders', 'drawn', 'fashion_mnist', 'show_image', 'subplots', 'get_grid', 'show_images', 'inplace',
            'collate_dict', 'get_dls', 'DataLoaders', 'TensorLoader', 'to_float', 'to_tensors', 'in_memory']
 
-# %% ../nbs/01_datasets.ipynb #a71133da
-import contextlib, gzip, math, os, threading, warnings, zlib
+# %% ../nbs/01_datasets.ipynb #ca5ee302
+import contextlib, gzip, math, os, sys, threading, warnings, zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from operator import itemgetter
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def has_idx(folder: str|Path) -> bool:
     "Does `folder` hold any of the four files, gzipped or not?"
     return any((Path(folder)/f'{nm}{ext}').exists() for nms in IDX_FILES.values() for nm in nms for ext in ('', '.gz'))
 
-# %% ../nbs/01_datasets.ipynb #c5e2792a
+# %% ../nbs/01_datasets.ipynb #3beb955b
 def from_idx(
     folder: str|Path # holds the four IDX files, each gzipped or not
 ): # `datasets.DatasetDict` with `train` and `test`
@@ -87,6 +86,7 @@ def from_idx(
     def split(im_nm, lbl_nm):
         ims,lbls = read(im_nm),read(lbl_nm)
         if ims.ndim != 3: raise ValueError(f'{folder}/{im_nm}: expected images (n, height, width), found shape {ims.shape}')
+        if lbls.ndim != 1: raise ValueError(f'{folder}/{lbl_nm}: expected labels (n,), found shape {lbls.shape}')
         try: return to_dataset(ims, lbls, f'Fashion-MNIST from {folder}')
         except ValueError as e: raise ValueError(f'{folder}/{im_nm} and {lbl_nm}: {e}') from e
     return DatasetDict({k: split(*nms) for k,nms in IDX_FILES.items()})
@@ -220,16 +220,18 @@ def show_images(
     for i,(im,ax) in enumerate(zip(ims, axs)):
         show_image(im, ax=ax, cmap=cmap, title=titles[i] if titles is not None and i < len(titles) else None)
 
-# %% ../nbs/01_datasets.ipynb #f45aba6b
-def _inplace(f, b):
-    f(b)
-    return b
-
-def inplace(
-    f: Callable # changes its argument, returns nothing
-) -> Callable: # does the same and returns the argument
+# %% ../nbs/01_datasets.ipynb #5178193c
+class inplace:
     "Decorate a function that changes its argument so that it also returns it"
-    return partial(_inplace, f)
+    def __init__(self, f: Callable): # changes its argument, returns nothing
+        self.f = f
+        update_wrapper(self, f)
+    def __call__(self, b):
+        self.f(b)
+        return b
+    def __reduce__(self):
+        here = getattr(sys.modules.get(self.__module__), self.__qualname__, None)
+        return self.__qualname__ if here is self else (inplace, (self.f,))
 
 # %% ../nbs/01_datasets.ipynb #c6121a3e
 def _collate_dict(keys, rows):
@@ -251,10 +253,12 @@ def get_dls(
     "A shuffled loader for training and one in order for validation"
     return DataLoader(train_ds, batch_size=bs, shuffle=True, **kwargs), DataLoader(valid_ds, batch_size=bs*2, **kwargs)
 
-# %% ../nbs/01_datasets.ipynb #e3ea6725
+# %% ../nbs/01_datasets.ipynb #bad9da64
 class DataLoaders:
     "A training and a validation loader, kept together as `train` and `valid`"
-    def __init__(self, *dls): self.train,self.valid = dls[:2]
+    def __init__(self, *dls):
+        if len(dls) < 2: raise ValueError('DataLoaders needs a training and a validation loader; one of them may be empty: []')
+        self.train,self.valid = dls[:2]
 
     @classmethod
     def from_dd(cls,
@@ -303,13 +307,14 @@ def to_float(
     x = x.float()*((hi-lo)/255) + lo
     return F.pad(x, [pad]*4, value=lo) if pad else x
 
-# %% ../nbs/01_datasets.ipynb #37b5c071
+# %% ../nbs/01_datasets.ipynb #9fd12b77
 def to_tensors(
     ds, # a `datasets.Dataset` with `image` and `label`, all images of one size
     device='cpu'
 ) -> tuple[torch.Tensor, torch.Tensor]: # uint8 (n, channels, h, w) and int64 (n,)
     "Decode the whole set once"
     rows = ds.with_format(None)[:]
+    if not rows['image']: raise ValueError('there are no images in the set')
     x = torch.from_numpy(np.stack([np.asarray(o) for o in rows['image']]))
     x = x[:,None] if x.ndim == 3 else x.movedim(-1, 1)
     return x.to(device), torch.tensor(rows['label'], device=device)

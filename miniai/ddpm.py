@@ -98,13 +98,16 @@ class SpaceToDepth(nn.Module):
             raise ValueError(f'images of {x.shape[-2]}×{x.shape[-1]} cannot be folded by {self.r}: pad them to a multiple of it')
         return F.pixel_shuffle(_out(self.unet(F.pixel_unshuffle(x, self.r), t)), self.r)
 
-# %% ../nbs/12_ddpm.ipynb #14623bcb
+# %% ../nbs/12_ddpm.ipynb #01e565f8
 def posterior_coefs(
     sched: Schedule
 ) -> tuple[torch.Tensor, torch.Tensor]: # of x̂_0 and of x_t, each (n_steps,)
     "The two weights in the mean of q(x_{t-1} | x_t, x_0) for each t (DDPM, equation 7)"
-    ᾱ_prev = F.pad(sched.ᾱ[:-1], (1, 0), value=1.)
-    return ᾱ_prev.sqrt()*sched.β/(1-sched.ᾱ), sched.α.sqrt()*(1-ᾱ_prev)/(1-sched.ᾱ)
+    β = sched.β.double().cpu() # 1-ᾱ begins at 0.0001, of which 32 bits keep only three digits
+    α,ᾱ = 1-β,(1-β).cumprod(0)
+    ᾱ_prev = F.pad(ᾱ[:-1], (1, 0), value=1.)
+    coefs = ᾱ_prev.sqrt()*β/(1-ᾱ), α.sqrt()*(1-ᾱ_prev)/(1-ᾱ)
+    return tuple(c.to(sched.β) for c in coefs)
 
 # %% ../nbs/12_ddpm.ipynb #691b11e1
 def ddpm_steps(

@@ -23,7 +23,7 @@ def notebook(path):
     "Run one notebook with nbdev_test in a process of its own: did it pass, how long did it take, what did it say"
     env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') # as many at a time as there are cores
     start = time.time()
-    res = subprocess.run([Path(sys.executable).with_name('nbdev_test'), '--path', path, '--n-workers', '0'],
+    res = subprocess.run([Path(sys.executable).with_name('nbdev_test'), path, '--n-workers', '0'],
                          cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     ok = res.returncode == 0 and 'Success.' in res.stdout # a path that matches nothing exits with 0 as well
     how = '' if ok else f'exit status {res.returncode}\n{res.stdout[-6000:]}'

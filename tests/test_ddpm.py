@@ -1,0 +1,126 @@
+"Schedules, noising and sampling against diffusers, and against distributions whose answer is known"
+import math
+
+import pytest, torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import nn
+
+from miniai.datasets import DataLoaders
+from miniai.ddpm import DDPMCB, Schedule, SpaceToDepth, ddpm_sample, ddpm_steps, posterior_coefs, save_gif, to_grid
+from miniai.learner import Learner, SingleBatchCB, TrainCB
+
+def reference(n_steps=1000): return DDPMScheduler(n_steps, 0.0001, 0.02, variance_type='fixed_large', clip_sample=True)
+
+class Wavy(nn.Module):
+    "Any smooth function of x and t will do as a model"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.tensor(.7))
+    def forward(self, x, t): return (x*self.w).sin() + .1*x.roll(1, -1) + (t/1000).view(-1,1,1,1).to(x)
+
+def batch_of(cb, x0):
+    class Take(nn.Module):
+        def forward(self, x, t): return x
+    learn = Learner(Take(), DataLoaders([], [(x0, torch.zeros(len(x0)))]), F.mse_loss, cbs=cb, opt_func=None)
+    learn.fit(1, train=False)
+    return *learn.batch[0],learn.batch[1]
+
+def test_schedule_is_that_of_diffusers():
+    s,ref = Schedule.linear(1000, 0.0001, 0.02),reference()
+    for ours,theirs in [(s.β, ref.betas), (s.α, ref.alphas), (s.ᾱ, ref.alphas_cumprod), (s.σ, ref.betas.sqrt())]:
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+@pytest.mark.parametrize('sz', [(4,1,32,32), (2,3,16,16), (1,1,8,8)])
+def test_noised_images_are_those_of_diffusers(sz):
+    torch.manual_seed(0)
+    x0 = torch.rand(sz)*2-1
+    x_t,t,ε = batch_of(DDPMCB(), x0)
+    torch.testing.assert_close(x_t, reference().add_noise(x0, ε, t), atol=1e-6, rtol=1e-5)
+
+@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize('sz,dtype', [((2,1,16,16), torch.float32), ((2,3,8,8), torch.float32), ((1,1,8,8), torch.float64)])
+def test_a_whole_run_is_that_of_diffusers(seed, sz, dtype):
+    model,ref,gen = Wavy().to(dtype),reference(),torch.Generator().manual_seed(seed)
+    x = torch.randn(sz, generator=gen, dtype=dtype)
+    with torch.no_grad():
+        for t in ref.timesteps: x = ref.step(model(x, t.expand(sz[0])), t, x, generator=gen).prev_sample
+    ours = ddpm_sample(model, Schedule.linear(), sz, keep='last', generator=torch.Generator().manual_seed(seed))[-1]
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=0)
+
+def test_exact_noise_samples_the_data():
+    "The pixels' distribution is N(m, s²), the exact ε is known in closed form, so samples have to have that mean and spread"
+    m,s,sched = .3,.2,Schedule.linear()
+    class Exact(nn.Module):
+        def forward(self, x, t):
+            ᾱ = sched.ᾱ[t].view(-1,1,1,1)
+            return (1-ᾱ).sqrt()*(x - ᾱ.sqrt()*m)/(ᾱ*s**2 + 1-ᾱ)
+    x = ddpm_sample(Exact(), sched, (64,1,16,16), keep='last', clip=False, generator=torch.Generator().manual_seed(0))[-1]
+    n = x.numel()
+    assert abs(x.mean()-m) < 4*s/math.sqrt(n)
+    assert abs(x.std()-s) < 4*s/math.sqrt(2*n) + .01*s # and one percent for the thousand discrete steps
+
+def test_t_is_uniform_for_every_item_and_noise_is_fresh():
+    torch.manual_seed(0)
+    cb,x0 = DDPMCB(n_steps=20),torch.zeros(50,1,2,2)
+    draws = [batch_of(cb, x0) for _ in range(400)]
+    t = torch.stack([o[1] for o in draws])
+    counts = torch.stack([t[:,i].bincount(minlength=20) for i in range(50)]).double()
+    chi2 = ((counts-20)**2/20).sum()                 # 50 items of 19 degrees of freedom
+    assert abs(chi2-950) < 5*math.sqrt(2*950)
+    assert not torch.equal(draws[0][2], draws[1][2])
+
+def test_posterior_weights_go_where_they_should():
+    c0,ct = posterior_coefs(Schedule.linear(dtype=torch.float64))
+    assert c0[0] == pytest.approx(1) and ct[0] == 0 and c0[-1] < .001 and ct[-1] > .98
+
+@pytest.mark.parametrize('bad,message', [
+    (dict(n_steps=0), 'at least one step'), (dict(beta_min=0.), 'between 0 and 1'), (dict(beta_max=1.), 'between 0 and 1'),
+    (dict(beta_min=.1, beta_max=.01), 'must not be above'), (dict(beta_min=math.nan), 'must not be above'), (dict(beta_max=math.inf), 'between 0 and 1')])
+def test_bad_schedules(bad, message):
+    with pytest.raises(ValueError, match=message): DDPMCB(**bad)
+
+@pytest.mark.parametrize('x', [torch.zeros(4,1,8,8, dtype=torch.uint8), torch.zeros(4, 64), torch.zeros(4, 8, 8)])
+def test_batches_that_are_not_images(x):
+    with pytest.raises(ValueError, match='needs images in floating point'): batch_of(DDPMCB(), x)
+
+def test_sampling_restores_mode_and_grad_also_when_it_is_given_up():
+    model = nn.Sequential(nn.Identity()); model.forward = lambda x,t: x*0
+    model.train()
+    for i,(t,x,x0) in enumerate(ddpm_steps(model, Schedule.linear(10), (1,1,2,2))):
+        assert not model.training and torch.is_grad_enabled()
+        if i == 3: break
+    import gc; gc.collect()
+    assert model.training
+
+@pytest.mark.parametrize('keep,n', [('all', 20), ('last', 1), (5, 4), (20, 1)])
+def test_keep(keep, n):
+    got = ddpm_sample(Wavy(), Schedule.linear(20), (1,1,4,4), keep=keep, generator=torch.Generator().manual_seed(0))
+    every = ddpm_sample(Wavy(), Schedule.linear(20), (1,1,4,4), generator=torch.Generator().manual_seed(0))
+    assert len(got) == n and torch.equal(got[-1], every[-1])
+
+@pytest.mark.parametrize('keep', [0, -1, 'first', 1.5, None])
+def test_bad_keep(keep):
+    with pytest.raises(ValueError, match='keep must be'): ddpm_sample(Wavy(), Schedule.linear(2), (1,1,4,4), keep=keep)
+
+def test_plain_tensors_and_diffusers_outputs_are_both_understood():
+    class Out(nn.Module):
+        def forward(self, x, t): return type('Output', (), dict(sample=x*0))()
+    x0 = torch.zeros(2,1,4,4)
+    learn = Learner(Out(), DataLoaders([], [(x0, x0)]), F.mse_loss, cbs=DDPMCB(), opt_func=None)
+    learn.fit(1, train=False)
+    assert not learn.preds.any() and isinstance(DDPMCB(), TrainCB)
+    assert len(DDPMCB(n_steps=3).sample(Out(), (2,1,4,4))) == 3
+
+def test_space_to_depth_is_a_detour_without_loss():
+    x = torch.randn(2, 3, 8, 8)
+    class Shape(nn.Module):
+        def forward(self, x, t): assert x.shape == (2, 12, 4, 4); return x
+    assert torch.equal(SpaceToDepth(Shape())(x, None), x)
+    with pytest.raises(ValueError, match='cannot be folded by 2'): SpaceToDepth(Shape())(torch.zeros(1,1,7,8), None)
+
+def test_pictures(tmp_path):
+    from PIL import Image
+    frames = [torch.rand(6,1,4,4)*2-1 for _ in range(3)]
+    assert to_grid(frames[0], nrow=3, scale=2).shape == (22, 32, 3)
+    gif = Image.open(save_gif(tmp_path/'a.gif', frames, nrow=3, scale=2))
+    assert gif.n_frames == 3 and gif.size == (32, 22) and gif.info['loop'] == 0

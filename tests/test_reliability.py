@@ -1,0 +1,85 @@
+"What goes wrong is named, leaves nothing behind, and can be tried again"
+import contextlib, signal, subprocess, sys, threading
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from miniai.datasets import DataLoaders
+from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
+from test_learner import RaiseCB, Recorder, weights
+
+def per_item(p, t): return F.mse_loss(p, t, reduction='none')
+def interrupt(learn): signal.raise_signal(signal.SIGINT)
+class CtrlC(Callback):
+    "A real SIGINT in the middle of an epoch, when gradients are there and the step has not been made"
+    def after_backward(self, learn):
+        if learn.iter == 4: interrupt(learn)
+
+CASES = {
+    'no TrainCB': (dict(cbs=[]), None, AttributeError, r"step 'predict': add TrainCB\(\)"),
+    'empty loader': (dict(dls=DataLoaders([], [1])), None, ValueError, 'dls.train gave no batch'),
+    'empty generator': (dict(dls=DataLoaders(iter(()), [1])), None, ValueError, 'dls.train gave no batch'),
+    'no data': (dict(dls=(0,)), None, ValueError, 'has no data'),
+    'loss of many numbers': (dict(loss_func=per_item), None, ValueError, r'returned shape \(8, 1\)'),
+    'wrong shapes': (dict(model=nn.Linear(3, 1)), None, RuntimeError, 'shapes cannot be multiplied'),
+    'a callback that raises': ({}, RaiseCB('after_predict', ZeroDivisionError('mine'), n=4), ZeroDivisionError, 'mine'),
+    'an error in before_fit': ({}, RaiseCB('before_fit', OSError('disk')), OSError, 'disk'),
+    'Ctrl-C': ({}, CtrlC(), KeyboardInterrupt, None),
+}
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_fit_that_fails(case, dls):
+    change,cb,exc,message = CASES[case]
+    torch.manual_seed(1)
+    rec,good = Recorder(order=-1),dict(model=nn.Linear(4, 1), dls=dls, loss_func=F.mse_loss)
+    learn = Learner(**(good | dict(cbs=[TrainCB(), MetricsCB(), ProgressCB(plot=True)]) | change))
+    extra = [rec] + ([cb] if cb else [])
+    had = list(learn.cbs)
+    with pytest.raises(exc, match=message) as e: learn.fit(2, cbs=extra)
+    if cb and exc is not KeyboardInterrupt: assert e.value.__notes__ == ['This was raised in RaiseCB._raise']
+    assert learn.cbs == had, 'callbacks given to fit are gone'
+    for level in ('fit', 'epoch', 'batch'): assert rec.seen.count(f'before_{level}') == rec.seen.count(f'cleanup_{level}')
+    assert case == 'no data' or rec.seen[-1] == 'cleanup_fit'
+
+    for k,v in good.items():
+        if k in change: setattr(learn, k, v)
+    learn.cbs = [TrainCB(), MetricsCB(), ProgressCB()]
+    learn.model.load_state_dict(start := nn.Linear(4, 1).state_dict())
+    learn.fit(2)
+    fresh = TrainLearner(nn.Linear(4, 1), dls)
+    fresh.model.load_state_dict(start)
+    fresh.fit(2)
+    assert torch.equal(weights(learn.model), weights(fresh.model)), 'nothing of the failed fit may be left'
+
+def test_an_error_in_cleanup_does_not_hide_the_first(model, dls):
+    learn = Learner(model, dls, cbs=[TrainCB(), RaiseCB('after_loss', ValueError('first')), RaiseCB('cleanup_fit', OSError('second'))])
+    with pytest.raises(OSError) as e: learn.fit(1)
+    assert isinstance(e.value.__context__, ValueError)
+
+def test_validation_error_restores_grad_mode(model, dls):
+    class Boom(Callback):
+        def after_loss(self, learn):
+            if not learn.training: raise ValueError
+    with pytest.raises(ValueError): TrainLearner(model, dls, cbs=Boom()).fit(1)
+    assert torch.is_grad_enabled()
+
+def test_import_brings_no_heavy_library_and_changes_nothing():
+    code = '''
+import logging, random, sys, threading, warnings
+import matplotlib, matplotlib.pyplot, numpy, torch
+def state():
+    return (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(matplotlib.rcParams),
+            logging.getLogger().level, logging.getLogger().handlers[:], threading.active_count(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.is_grad_enabled(), warnings.filters[:], matplotlib.pyplot.get_fignums())
+before = state()
+import miniai.learner, miniai.ddpm, miniai.sgd
+print([m for m in ('datasets', 'diffusers', 'torchmetrics', 'fastprogress', 'IPython', 'pandas') if m in sys.modules], state() == before)
+'''
+    res = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
+    assert res.stdout.strip() == '[] True', res.stderr
+
+def test_training_leaves_the_seed_alone(model, dls):
+    before = torch.get_rng_state()
+    TrainLearner(model, dls, cbs=[DeviceCB('cpu'), MetricsCB(), ProgressCB()]).fit(2)
+    assert torch.equal(before, torch.get_rng_state())
