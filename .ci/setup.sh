@@ -20,7 +20,7 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     fi
 fi
 
-say "installing into .venv. On Linux torch brings its CUDA libraries, 5 GB in all: some minutes"
+say "installing into .venv. On Linux torch brings its CUDA libraries, 6 GB in all: some minutes"
 if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; then
     say "the installation failed; the reason stands above. Run make again to go on where it stopped"; exit 1
 fi

@@ -133,6 +133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'miniai.learner._LossNow': ('learner.html#_lossnow', 'miniai/learner.py'),
                                 'miniai.learner._LossNow.__init__': ('learner.html#_lossnow.__init__', 'miniai/learner.py'),
                                 'miniai.learner._LossNow.__str__': ('learner.html#_lossnow.__str__', 'miniai/learner.py'),
+                                'miniai.learner._cb_list': ('learner.html#_cb_list', 'miniai/learner.py'),
                                 'miniai.learner._check_scalar': ('learner.html#_check_scalar', 'miniai/learner.py'),
                                 'miniai.learner._empty': ('learner.html#_empty', 'miniai/learner.py'),
                                 'miniai.learner._fmt': ('learner.html#_fmt', 'miniai/learner.py'),

@@ -46,9 +46,9 @@ class Schedule:
         vars(res).update({k: v.to(device) for k,v in vars(self).items()})
         return res
 
-# %% ../nbs/12_ddpm.ipynb #2eae4c32
+# %% ../nbs/12_ddpm.ipynb #1e71a591
 class DDPMCB(TrainCB):
-    "Turn a batch of images into (x_t, t) and the noise ε to predict (DDPM, algorithm 1); `sample` makes images"
+    "A TrainCB that turns a batch of images into (x_t, t) and the noise ε to predict (DDPM, algorithm 1); `sample` makes images"
     def __init__(self,
         n_steps: int=1000,
         beta_min: float=0.0001, beta_max: float=0.02 # variance of the noise that the first and the last step add
@@ -75,7 +75,7 @@ class DDPMCB(TrainCB):
         sz: tuple, # (n, channels, h, w)
         **kwargs # passed on to `ddpm_sample`
     ) -> list[torch.Tensor]:
-        "Images from noise: every x_t, on the CPU, the last one being the result"
+        "Images from noise: what each step led to, on the CPU; the last one is the result"
         return ddpm_sample(model, self.sched, sz, **kwargs)
 
 def _out(res): return getattr(res, 'sample', res) if not isinstance(res, torch.Tensor) else res
@@ -109,7 +109,7 @@ def posterior_coefs(
     coefs = ᾱ_prev.sqrt()*β/(1-ᾱ), α.sqrt()*(1-ᾱ_prev)/(1-ᾱ)
     return tuple(c.to(sched.β) for c in coefs)
 
-# %% ../nbs/12_ddpm.ipynb #691b11e1
+# %% ../nbs/12_ddpm.ipynb #c47b0896
 def ddpm_steps(
     model: nn.Module, # (x_t, t) → predicted noise, or an object that has it as `sample`
     sched: Schedule,
@@ -118,6 +118,7 @@ def ddpm_steps(
     clip: bool=True # keep x̂_0 in [-1, 1]?
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]: # t, x_{t-1}, x̂_0
     "Walk from noise to images (DDPM, algorithm 2), step by step. The model is in eval mode on the way and restored at the end"
+    if len(sz) != 4: raise ValueError(f'sz must be (n, channels, h, w), not {tuple(sz)}')
     p = next(model.parameters(), torch.empty(0))
     draw = generator.device if generator is not None else p.device
     def noise(): return torch.randn(sz, generator=generator, device=draw, dtype=p.dtype).to(p.device)
@@ -130,6 +131,7 @@ def ddpm_steps(
         for t in reversed(range(len(sched))):
             with torch.no_grad():
                 ε = _out(model(x, torch.full((len(x),), t, device=p.device)))
+                if ε.shape != x.shape: raise ValueError(f'the model returned shape {tuple(ε.shape)} for images of shape {tuple(x.shape)}')
                 x̂_0 = (x - (1-sched.ᾱ[t]).sqrt()*ε) / sched.ᾱ[t].sqrt()
                 if clip: x̂_0 = x̂_0.clamp(-1, 1)
                 x = c0[t]*x̂_0 + ct[t]*x
@@ -137,10 +139,10 @@ def ddpm_steps(
             yield t, x, x̂_0
     finally: model.train(was)
 
-# %% ../nbs/12_ddpm.ipynb #46af66ad
+# %% ../nbs/12_ddpm.ipynb #60553e52
 def ddpm_sample(
     model: nn.Module, sched: Schedule, sz: tuple, # see `ddpm_steps`
-    keep: str|int='all', # which x_t to return: 'all', 'last', or every so many
+    keep: str|int='all', # the results of which steps to return: 'all', 'last', or every so many
     generator: torch.Generator=None, clip: bool=True,
     progress: bool=False # show a progress bar?
 ) -> list[torch.Tensor]: # on the CPU; the last is the result

@@ -80,7 +80,7 @@ def with_cbs(
         return _f
     return decorate
 
-# %% ../nbs/04_learner.ipynb #15b7852b
+# %% ../nbs/04_learner.ipynb #61404d2a
 _STEPS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
 class _Found(dict):
@@ -99,7 +99,7 @@ class Learner:
         opt_func: Callable=optim.SGD # (parameters, lr) → optimizer, made anew by each fit; `None` for no optimizer
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self._known,self._kept = list(listify(cbs)),None,None
+        self.cbs,self._known,self._kept = _cb_list(cbs),None,None
 
     @with_cbs('batch')
     def _one_batch(self):
@@ -123,7 +123,7 @@ class Learner:
 
     def one_epoch(self, training: bool):
         "Pass once over `dls.train`, training, or over `dls.valid`"
-        self._forget(keep={})
+        self._forget(keep=set())
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
         self._one_epoch()
@@ -144,7 +144,7 @@ class Learner:
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
         if not hasattr(self.dls, 'train'): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
-        cbs,lr = list(listify(cbs)),self.lr if lr is None else lr
+        cbs,lr = _cb_list(cbs),self.lr if lr is None else lr
         self.cbs += cbs
         try:
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
@@ -166,8 +166,9 @@ class Learner:
     def callback(self, method_nm: str) -> None:
         "Call `method_nm` of all callbacks that have it"
         if self._known != self.cbs: self._known,self._found = self.cbs[:],_Found(self.cbs)
+        found = self._found[method_nm]
         try:
-            for method in self._found[method_nm]: method(self)
+            for method in found: method(self)
         except Exception as e:
             _note(e, method)
             raise
@@ -178,14 +179,22 @@ class Learner:
         found = find_cbs(self.cbs, name)
         if not found: raise AttributeError(_missing(name))
         step = partial(found[0], self) if len(found) == 1 else partial(run_cbs, self.cbs, name, self)
-        if self._kept is not None: self._kept[name] = vars(self)[name] = step
+        if self._kept is not None:
+            setattr(self, name, step)
+            self._kept.add(name)
         return step
 
     def _forget(self, keep=None):
-        for name in self._kept or (): vars(self).pop(name, None)
+        for name in self._kept or (): delattr(self, name)
         self._known,self._kept = None,keep
 
-# %% ../nbs/04_learner.ipynb #a4ff99fd
+# %% ../nbs/04_learner.ipynb #e4edefcc
+def _cb_list(cbs):
+    cbs = list(listify(cbs))
+    for cb in cbs:
+        if isinstance(cb, type): raise TypeError(f'{cb.__name__} in cbs is a class, not a callback: write {cb.__name__}()')
+    return cbs
+
 def _missing(step):
     return (f'nobody supplies the step {step!r}: add TrainCB() (or another callback that has the method {step}) to cbs, '
             f'or use TrainLearner, or define {step} in a subclass')

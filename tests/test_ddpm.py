@@ -124,3 +124,9 @@ def test_pictures(tmp_path):
     assert to_grid(frames[0], nrow=3, scale=2).shape == (22, 32, 3)
     gif = Image.open(save_gif(tmp_path/'a.gif', frames, nrow=3, scale=2))
     assert gif.n_frames == 3 and gif.size == (32, 22) and gif.info['loop'] == 0
+
+def test_bad_sizes_and_models_that_change_the_shape():
+    with pytest.raises(ValueError, match=r'sz must be \(n, channels, h, w\)'): ddpm_sample(Wavy(), Schedule.linear(2), (1,8,8))
+    class Flat(nn.Module):
+        def forward(self, x, t): return x.mean((1,2,3), keepdim=True)
+    with pytest.raises(ValueError, match='the model returned shape'): ddpm_sample(Flat(), Schedule.linear(2), (2,1,4,4))

@@ -83,3 +83,8 @@ def test_training_leaves_the_seed_alone(model, dls):
     before = torch.get_rng_state()
     TrainLearner(model, dls, cbs=[DeviceCB('cpu'), MetricsCB(), ProgressCB()]).fit(2)
     assert torch.equal(before, torch.get_rng_state())
+
+def test_things_that_are_not_callbacks(model, dls):
+    with pytest.raises(TypeError, match=r'write MetricsCB\(\)'): Learner(model, dls, cbs=[TrainCB(), MetricsCB])
+    with pytest.raises(TypeError, match=r'write ProgressCB\(\)'): TrainLearner(model, dls).fit(1, cbs=ProgressCB)
+    with pytest.raises(AttributeError, match="no attribute 'order'"): TrainLearner(model, dls, cbs=object()).fit(1)
