@@ -80,7 +80,7 @@ def with_cbs(
         return _f
     return decorate
 
-# %% ../nbs/04_learner.ipynb #61404d2a
+# %% ../nbs/04_learner.ipynb #32c5c882
 _STEPS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
 class _Found(dict):
@@ -99,7 +99,7 @@ class Learner:
         opt_func: Callable=optim.SGD # (parameters, lr) → optimizer, made anew by each fit; `None` for no optimizer
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self._known,self._kept = _cb_list(cbs),None,None
+        self.cbs,self._known,self._kept = _cb_list(cbs),None,[]
 
     @with_cbs('batch')
     def _one_batch(self):
@@ -123,7 +123,8 @@ class Learner:
 
     def one_epoch(self, training: bool):
         "Pass once over `dls.train`, training, or over `dls.valid`"
-        self._forget(keep=set())
+        self._forget()
+        self._keep_steps()
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
         self._one_epoch()
@@ -173,20 +174,27 @@ class Learner:
             _note(e, method)
             raise
 
-    def __getattr__(self, name):
-        "A step that the class does not define: the callbacks' method of that name, kept while an epoch lasts"
-        if name not in _STEPS: raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
-        found = find_cbs(self.cbs, name)
-        if not found: raise AttributeError(_missing(name))
-        step = partial(found[0], self) if len(found) == 1 else partial(run_cbs, self.cbs, name, self)
-        if self._kept is not None:
-            setattr(self, name, step)
-            self._kept.add(name)
-        return step
+    def predict(self): self._step('predict')
+    def get_loss(self): self._step('get_loss')
+    def backward(self): self._step('backward')
+    def step(self): self._step('step')
+    def zero_grad(self): self._step('zero_grad')
 
-    def _forget(self, keep=None):
-        for name in self._kept or (): delattr(self, name)
-        self._known,self._kept = None,keep
+    def _step(self, name):
+        if not find_cbs(self.cbs, name): raise AttributeError(_missing(name))
+        self.callback(name)
+
+    def _keep_steps(self):
+        "Until `_forget`, a step that is left to one callback is that callback's method itself"
+        for name in _STEPS:
+            found,own = find_cbs(self.cbs, name),getattr(getattr(self, name), '__func__', None)
+            if len(found) == 1 and own is getattr(Learner, name):
+                setattr(self, name, partial(found[0], self))
+                self._kept.append(name)
+
+    def _forget(self):
+        for name in self._kept: delattr(self, name)
+        self._known,self._kept = None,[]
 
 # %% ../nbs/04_learner.ipynb #e4edefcc
 def _cb_list(cbs):
