@@ -14,8 +14,8 @@ tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 if ! (cd "$tmp" && apt-get download -q dataset-fashion-mnist) >"$tmp/log" 2>&1; then
     say "apt could not fetch dataset-fashion-mnist (sudo apt-get update may help): $(tail -n 1 "$tmp/log")"; exit 1
 fi
-dpkg -x "$tmp"/dataset-fashion-mnist_*.deb "$tmp/root"
+dpkg -x "$tmp"/dataset-fashion-mnist_*.deb "$tmp/deb"
 mkdir -p "$(dirname "$dest")"
-rm -rf "$dest.new"; cp -r "$tmp/root/usr/share/datasets/fashion-mnist" "$dest.new"
+rm -rf "$dest.new"; cp -r "$tmp/deb/usr/share/datasets/fashion-mnist" "$dest.new"
 rm -rf "$dest"; mv "$dest.new" "$dest"
 say "Fashion-MNIST is in $dest"

@@ -40,6 +40,7 @@ def test_notebook_shows_what_it_does(path):
     outputs = [o for c in cells for o in c['outputs']]
     assert not [o for o in outputs if o['output_type'] == 'error']
     assert any('image/png' in o.get('data', {}) for o in outputs), 'no picture: run it and save it with its outputs'
+    assert 'budget quick' not in json.dumps(outputs), 'a reader wants to see more than a test run'
 
 @pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
 def test_exported_definitions_are_tested(path):
