@@ -7,12 +7,11 @@ __all__ = ['FASHION_CLASSES', 'IDX_FILES', 'HUB_ID', 'read_idx', 'to_dataset', '
            'idx_folders', 'drawn', 'fashion_mnist', 'show_image', 'subplots', 'get_grid', 'show_images', 'inplace',
            'collate_dict', 'get_dls', 'DataLoaders', 'TensorLoader', 'to_float', 'to_tensors', 'in_memory']
 
-# %% ../nbs/01_datasets.ipynb #ca5ee302
+# %% ../nbs/01_datasets.ipynb #96b06796
 import contextlib, gzip, math, os, sys, threading, warnings, zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt, numpy as np, torch
 import torch.nn.functional as F

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Schedule', 'DDPMCB', 'SpaceToDepth', 'posterior_coefs', 'ddpm_steps', 'ddpm_sample', 'to_grid', 'save_gif']
 
-# %% ../nbs/12_ddpm.ipynb #4984570d
-from collections.abc import Callable, Iterator
+# %% ../nbs/12_ddpm.ipynb #59e7f171
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np, torch
