@@ -9,11 +9,13 @@ class Docments(Extension):
         for f in list(mod.functions.values()):
             if any(str(o.value) == 'patch' for o in f.decorators):
                 cls = mod[str(f.parameters[0].annotation)]
+                f.extra['miniai']['source'] = f.source # later it is looked for in the class's module
                 mod.del_member(f.name)
                 (cls.final_target if cls.is_alias else cls).set_member(f.name, f)
 
     def on_function(self, *, func, **kwargs):
-        src = dedent(func.source)
+        if func.package.name != 'miniai': return # a library that is imported
+        src = dedent(func.extra['miniai'].get('source') or func.source)
         fn,lines,names = ast.parse(src).body[0],src.splitlines(),{}
         for p in (*fn.args.posonlyargs, *fn.args.args, fn.args.vararg, *fn.args.kwonlyargs, fn.args.kwarg):
             if p and p.arg not in ('self', 'cls'): names.setdefault(p.lineno, []).append(p.arg)

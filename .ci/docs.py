@@ -56,9 +56,10 @@ def on_config(config):
         return nb,{module.stem: write(f'api/{module.stem}.md', f'# {name}\n\n[Explained in its notebook](../{nb})\n\n::: {name}\n')}
 
     readme = root/'README.md'
+    modules = [p for p in (root/'miniai').glob('[!_]*.py') if p.stem != 'imports'] # which only repeats the others
     config.nav = [{'Home': write('README.md', place(readme, readme.read_text(encoding='utf-8')))},
                   {'Notebooks': [notebook(p) for p in sorted((root/'nbs').glob('*.ipynb'))]},
-                  {'Reference': [page for _,page in sorted(map(reference, (root/'miniai').glob('[!_]*.py')), key=itemgetter(0))]}]
+                  {'Reference': [page for _,page in sorted(map(reference, modules), key=itemgetter(0))]}]
     for f in ('docs.css', 'docs.js'): write(f'assets/{f}', (root/'.ci'/f).read_text(encoding='utf-8'))
     return config
 

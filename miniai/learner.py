@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CancelFitException', 'CancelEpochException', 'CancelBatchException', 'find_cbs', 'run_cbs', 'with_cbs',
-           'Learner', 'TrainCB', 'SingleBatchCB', 'DeviceCB', 'to_cpu', 'Mean', 'FuncMetric', 'batch_size', 'MetricsCB',
-           'ProgressCB', 'TrainLearner', 'MomentumLearner', 'LRFinderCB']
+           'Learner', 'TrainCB', 'SingleBatchCB', 'DeviceCB', 'to_cpu', 'Mean', 'FuncMetric', 'first_tensor',
+           'MetricsCB', 'ProgressCB', 'TrainLearner', 'MomentumLearner', 'LRFinderCB']
 
 # %% ../nbs/04_learner.ipynb #397592ad
 from collections.abc import Callable, Iterable, Mapping
@@ -289,13 +289,13 @@ class FuncMetric(Mean):
         super().__init__()
     def update(self, preds, targs) -> None: super().update(self.f(preds, targs), weight=len(targs))
 
-# %% ../nbs/04_learner.ipynb #1bdf8e00
-def batch_size(batch) -> int:
-    "The length of the first tensor in `batch`, however nested"
-    while not isinstance(batch, torch.Tensor): batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-    return len(batch)
+# %% ../nbs/04_learner.ipynb #c5e3b5f5
+def first_tensor(x) -> torch.Tensor:
+    "The first tensor in `x`, however nested in lists, tuples and dicts"
+    while not isinstance(x, torch.Tensor): x = next(iter(x.values() if isinstance(x, Mapping) else x))
+    return x
 
-# %% ../nbs/04_learner.ipynb #163bcf1f
+# %% ../nbs/04_learner.ipynb #889f01fe
 class MetricsCB(Callback):
     "Metrics over each epoch, and the loss: objects with `update`, `compute` and `reset`, or functions of (preds, targets)"
     def __init__(self, *ms, **metrics):
@@ -311,7 +311,7 @@ class MetricsCB(Callback):
 
     def after_batch(self, learn):
         if self.metrics: self._update(learn.preds.detach(), learn.batch[1])
-        self.loss.update(learn.loss, weight=batch_size(learn.batch))
+        self.loss.update(learn.loss, weight=len(first_tensor(learn.batch)))
 
     def _update(self, preds, targs):
         if self.device != preds.device:
@@ -341,7 +341,7 @@ def _some(dl, training):
     except StopIteration: raise ValueError(_empty(training)) from None
     yield from dl
 
-# %% ../nbs/04_learner.ipynb #0fb2d932
+# %% ../nbs/04_learner.ipynb #7ca950be
 class ProgressCB(Callback):
     "Progress bars and a table of metrics, and with `plot` a live curve of the loss in a notebook; text elsewhere"
     order = MetricsCB.order+1
@@ -387,6 +387,9 @@ class ProgressCB(Callback):
     def _draw(self):
         self._gather()
         if self.losses: self.mbar.update_graph([[range(len(self.losses)), self.losses], [self.val_steps, self.val_losses]])
+        if hasattr(self.mbar, 'graph_out'): # fastprogress draws curves without names for the axes
+            self.mbar.graph_ax.set(xlabel='step', ylabel='loss')
+            self.mbar.graph_out.update(self.mbar.graph_fig)
         self.drawn = time.monotonic()
 
     def cleanup_fit(self, learn):

@@ -9,11 +9,12 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = os.cpu_count() or 1
+ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') # small tensors gain nothing from threads; processes run side by side
 
 def pytest(*args):
     "Run pytest; how many tests passed, and how many did not"
     with tempfile.TemporaryDirectory() as tmp:
-        code = subprocess.run([sys.executable, '-m', 'pytest', f'--junitxml={tmp}/res.xml', *args], cwd=ROOT).returncode
+        code = subprocess.run([sys.executable, '-m', 'pytest', f'--junitxml={tmp}/res.xml', *args], cwd=ROOT, env=ENV).returncode
         if not os.path.exists(f'{tmp}/res.xml'): return 0,1
         n = {k: int(v) for k,v in ElementTree.parse(f'{tmp}/res.xml').find('testsuite').items() if v.isdigit()}
     bad = n['failures'] + n['errors']
@@ -21,10 +22,9 @@ def pytest(*args):
 
 def notebook(path):
     "Run one notebook with nbdev_test in a process of its own: did it pass, how long did it take, what did it say"
-    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') # as many at a time as there are cores
     start = time.time()
     res = subprocess.run([Path(sys.executable).with_name('nbdev_test'), path, '--n-workers', '0'],
-                         cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                         cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     ok = res.returncode == 0 and 'Success.' in res.stdout # a path that matches nothing exits with 0 as well
     how = '' if ok else f'exit status {res.returncode}\n{res.stdout[-6000:]}'
     print(f'{"passed" if ok else "FAILED"} {path.relative_to(ROOT)} {time.time()-start:.0f} s {how}', flush=True)

@@ -1,0 +1,260 @@
+"""What notebooks written against the 2022 course rely on, by the numbers of the list that was made of it.
+
+1 events: test_learner (cancels), here (lr_find's plot). 2 order of callbacks: test_learner. 3 steps: here. 4 cancels: test_learner.
+5 callbacks of one fit: test_learner, test_reliability, here. 6 optimizers: test_learner, here. 7 to 14, 16: here. 15 star imports: test_api.
+"""
+import io, pickle, pickletools
+from functools import partial
+
+import matplotlib.pyplot as plt
+import fastcore.basics, numpy as np, pytest, torch
+import torch.nn.functional as F
+from datasets import Dataset as HFDataset, DatasetDict
+from fastcore.basics import noop
+from fastcore.foundation import L
+from PIL import Image
+from torch import nn, optim
+from torch.utils.flop_counter import FlopCounterMode
+
+import miniai.augment, miniai.conv, miniai.init # augment patches Learner
+from miniai.accel import AccelerateCB, MixedPrecision
+from miniai.activations import set_seed
+from miniai.conv import collate_device, to_device
+from miniai.datasets import DataLoaders, collate_dict, get_dls, inplace, show_image, show_images
+from miniai.init import BatchTransformCB, GeneralRelu, get_model
+from miniai.learner import *
+from miniai.resnet import ResBlock
+from test_learner import Recorder, RaiseCB, weights
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close('all')
+
+def images(*sizes):
+    gen = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 1, 16, 16, generator=gen), torch.randint(0, 10, (n,), generator=gen)) for n in sizes]
+
+@pytest.fixture
+def image_learner():
+    set_seed(0)
+    return Learner(get_model(norm=nn.BatchNorm2d).cpu(), DataLoaders(images(8, 8), images(16, 3)), F.cross_entropy, lr=.1, cbs=TrainCB())
+
+# 1
+def test_01_lr_find_plots_although_its_fit_was_cancelled(model, dls):
+    TrainLearner(model, dls, cbs=(rec := Recorder())).lr_find()
+    assert 'after_fit' not in rec.seen and rec.seen[-1] == 'cleanup_fit'
+    ax = plt.gcf().axes[0]
+    assert ax.get_xscale() == 'log' and len(ax.lines[0].get_xdata()) > 5
+
+# 3
+def test_03_train_cb_beside_a_train_learner_is_silent_and_others_supply_the_steps(model, dls):
+    class Boom(TrainCB):
+        def predict(self, learn): raise AssertionError
+    TrainLearner(model, dls, cbs=Boom()).fit(1)
+    with pytest.raises(AssertionError): Learner(model, dls, cbs=Boom()).fit(1)
+    class Double(TrainCB):
+        def predict(self, learn): learn.preds = 2*learn.model(learn.batch[0])
+    learn = Learner(model, dls, cbs=Double())
+    learn.fit(1, train=False)
+    assert torch.equal(learn.preds, 2*model(learn.batch[0]))
+
+# 5
+def test_05_callbacks_of_one_fit_as_l_and_shared_between_learners(model, dls):
+    cbs,xtra = L(TrainCB()),L(DeviceCB('cpu'), MetricsCB())
+    for _ in range(2):
+        learn = Learner(model, dls, cbs=cbs+xtra)
+        learn.fit(1, cbs=L(rec := Recorder()))
+        assert rec.seen[-1] == 'cleanup_fit' and rec not in learn.cbs and len(learn.cbs) == 3
+    with pytest.raises(ValueError): learn.fit(1, cbs=[Recorder(), RaiseCB('after_loss', ValueError())])
+    assert len(learn.cbs) == 3
+
+# 6
+def test_06_no_optimizer_and_no_learning_rate(model, dls):
+    learn = TrainLearner(model, dls, opt_func=None)
+    learn.fit(1, train=False)
+    assert learn.opt is None
+    learn = MomentumLearner(model, dls, F.mse_loss)
+    with pytest.raises(ValueError, match='no learning rate'): learn.fit(1)
+    learn.fit(1, lr=.01)
+
+# 7
+def test_07_batches_are_any_sequence_and_inputs_may_be_tuples():
+    class XT(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(3, 1)
+        def forward(self, xt): return self.lin(xt[0])*xt[1]
+    batches = [[(torch.randn(n, 3), torch.ones(n, 1)), torch.zeros(n, 1)] for n in (7, 2)]
+    metrics = MetricsCB()
+    learn = Learner(XT(), DataLoaders(batches, batches), F.mse_loss, cbs=[TrainCB(), DeviceCB('cpu'), metrics])
+    learn.fit(1, train=False)
+    whole = torch.cat([learn.model(xt) for xt,_ in batches])
+    assert float(metrics.loss.compute()) == pytest.approx((whole**2).mean().item())
+
+@pytest.mark.parametrize('f', [to_cpu, partial(to_device, device='cpu')])
+def test_07_moving_goes_through_dicts_lists_and_tuples(f):
+    res = f(dict(a=[torch.ones(1), (torch.zeros(2), 'x')], b=3))
+    assert isinstance(res['a'], list) and isinstance(res['a'][1], tuple) and res['a'][1][1] == 'x' and res['b'] == 3
+    assert to_cpu([torch.ones(1, dtype=torch.float16)])[0].dtype == torch.float32
+    assert len(collate_device([(torch.ones(2), 1)]*3)[0]) == 3
+
+# 8
+def rows(n): return dict(b=list(range(n)), a=[[float(i)]*2 for i in range(n)])
+
+def test_08_loaders_from_a_dataset_dict():
+    dd = DatasetDict(second=HFDataset.from_dict(rows(10)), first=HFDataset.from_dict(rows(20)), third=HFDataset.from_dict(rows(5)))
+    dls = DataLoaders.from_dd(dd, 4, num_workers=0, drop_last=True)
+    assert (len(dls.train.dataset), len(dls.valid.dataset)) == (10, 20) # in the order of dd.values()
+    assert (dls.train.batch_size, dls.valid.batch_size, len(dls.train), len(dls.valid)) == (4, 8, 2, 2) # kwargs reach both
+    b,a = next(iter(dls.valid)) # a tuple in the order of the features
+    assert b.tolist() == list(range(8)) and a[0].tolist() == a[1].tolist() == list(range(8))
+    assert set(next(iter(DataLoaders.from_dd(dd, 4, as_tuple=False).train))) == {'a', 'b'}
+
+def test_08_any_two_iterables_will_do(model):
+    batch = torch.randn(4, 4),torch.randn(4, 1)
+    dls = DataLoaders([], [batch])
+    TrainLearner(model, dls).fit(1, train=False)
+    dls.train = [batch]*2 # anything with a length
+    TrainLearner(model, dls, cbs=ProgressCB()).fit(1)
+
+# 9
+@inplace
+def double_(b): b['x'] = [2*o for o in b['x']]
+
+def test_09_inplace_and_collate_dict():
+    b = dict(x=[1, 2])
+    assert double_(b) is b and b['x'] == [2, 4]
+    ds = HFDataset.from_dict(dict(y=[1, 2], x=[.5, .25]))
+    y,x = collate_dict(ds)([ds[0], ds[1]])
+    assert y.tolist() == [1, 2] and x.tolist() == [.5, .25]
+
+@pytest.mark.parametrize('start', ['spawn', 'forkserver'])
+def test_09_both_reach_loader_workers_that_are_not_forked(start):
+    ds = HFDataset.from_dict(dict(x=[1., 2., 3.], y=[0, 1, 2])).with_transform(double_)
+    train,_ = get_dls(ds, ds, 2, num_workers=1, collate_fn=collate_dict(ds), multiprocessing_context=start)
+    assert sorted(o for x,_ in train for o in x.tolist()) == [2., 4., 6.]
+
+# 10
+@pytest.mark.parametrize('kw,size', [(dict(imsize=2), (4, 4)), (dict(figsize=(3,1)), (3, 1)), (dict(suptitle='s'), (6, 6)), (dict(title='t'), (6, 6))])
+def test_10_show_images_passes_its_arguments_on(kw, size):
+    ims = [torch.rand(1, 4, 4), torch.rand(3, 4, 4), torch.rand(4, 4), Image.fromarray(np.zeros((4, 4), np.uint8))]
+    show_images(ims, titles=['one', 'two'], **kw)
+    fig = plt.gcf()
+    assert tuple(fig.get_size_inches()) == size and fig.get_suptitle() == kw.get('suptitle', kw.get('title', ''))
+    assert [ax.get_title() for ax in fig.axes] == ['one', 'two', '', '']
+
+def test_10_show_image_returns_its_axes_and_passes_on_to_imshow():
+    ax = show_image(torch.rand(4, 4), animated=True, origin='lower')
+    assert isinstance(ax, plt.Axes) and ax.images[0].get_animated() and ax.images[0].origin == 'lower'
+    assert show_image(torch.rand(4, 4), ax) is ax
+
+# 11
+def test_11_summary(image_learner, capsys):
+    before = {k: v.clone() for k,v in image_learner.model.state_dict().items()}
+    image_learner.summary()
+    out = capsys.readouterr().out
+    with FlopCounterMode(display=False) as counter: image_learner.model(torch.randn(1, 1, 16, 16))
+    params = sum(p.numel() for p in image_learner.model.parameters())
+    assert f'Tot params: {params}; MFLOPS: {counter.get_total_flops()/1e6:.1f}\n' in out
+    assert sum(line.startswith('|Sequential|') for line in out.splitlines()) == 5
+    assert all(torch.equal(v, before[k]) for k,v in image_learner.model.state_dict().items())
+
+@pytest.mark.parametrize('layer,shape', [
+    (nn.Conv2d(4, 8, 3, stride=2, padding=1), (4, 9, 7)), (nn.Conv2d(4, 8, 3, groups=4, bias=False), (4, 9, 7)), (nn.Conv2d(4, 8, 3, dilation=2), (4, 9, 7)),
+    (nn.Conv1d(3, 5, 3), (3, 20)), (nn.Conv3d(2, 3, 3), (2, 5, 6, 7)), (nn.ConvTranspose2d(4, 6, 2, stride=2), (4, 5, 5)),
+    (nn.Linear(6, 7), (6,)), (nn.Linear(6, 7, bias=False), (5, 6)), (nn.BatchNorm2d(4), (4, 9, 7)), (nn.GroupNorm(2, 4), (4, 9, 7)), (nn.LayerNorm(6), (5, 6))], ids=str)
+def test_11_parameters_and_flops_of_a_layer(layer, shape, capsys):
+    x = torch.randn(3, *shape)
+    Learner(nn.Sequential(layer), DataLoaders([], [(x, 0)]), lambda p,t: p.mean(), cbs=TrainCB()).summary()
+    with FlopCounterMode(display=False) as counter: layer(x)
+    row = next(l for l in capsys.readouterr().out.splitlines() if l.startswith(f'|{type(layer).__name__}|')).split('|')
+    assert row[4] == f'{sum(p.numel() for p in layer.parameters()):,}' and row[5] == f'{counter.get_total_flops()/3e6:.2f}'
+
+# 12
+def test_12_patched_methods_are_those_of_every_learner(model, dls):
+    class Mine(TrainLearner): pass
+    for nm in ('lr_find', 'summary', 'show_image_batch', 'capture_preds'): assert callable(getattr(Mine(model, dls), nm)) and nm in vars(Learner)
+
+def test_12_show_image_batch_shows_what_the_model_would_be_given(image_learner):
+    before = weights(image_learner.model).clone()
+    image_learner.show_image_batch(max_n=4, cbs=BatchTransformCB(lambda b: (torch.ones_like(b[0]), b[1]), on_val=False), imsize=1)
+    axs = plt.gcf().axes
+    assert len(axs) == 4 and all((ax.images[0].get_array() == 1).all() for ax in axs)
+    assert torch.equal(before, weights(image_learner.model))
+
+@pytest.mark.parametrize('inps', [False, True])
+def test_12_capture_preds_is_the_model_on_the_whole_set(image_learner, inps):
+    xs,ys = map(torch.cat, zip(*image_learner.dls.valid))
+    preds,targs,*rest = image_learner.capture_preds(inps=inps)
+    with torch.no_grad(): assert torch.allclose(preds, image_learner.model.eval()(xs), atol=1e-5)
+    assert torch.equal(targs, ys) and len(rest) == inps and all(torch.equal(o, xs) for o in rest)
+
+# 13
+def test_13_resblock_by_index():
+    block = ResBlock(4, 8, stride=2, norm=nn.BatchNorm2d)
+    assert isinstance(block.convs[-1][-1], nn.BatchNorm2d) and isinstance(block.convs[0][-1], GeneralRelu)
+    assert block.idconv[0].kernel_size == (1,1) and block.convs[-1][0].stride == (2,2)
+    assert isinstance(ResBlock(4, 8).convs[-1][-1], nn.Conv2d) and ResBlock(4, 4).idconv is noop
+    twin = ResBlock(4, 8, stride=2, norm=nn.BatchNorm2d)
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 4, 7, 7)
+    assert torch.equal(block(x), twin(x)) and block(x).shape == (2, 8, 4, 4)
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, partial(nn.GroupNorm, 2), nn.InstanceNorm2d, None])
+@pytest.mark.parametrize('ni', [4, 8])
+def test_13_resblock_passes_its_norm_on_to_every_convolution(norm, ni):
+    "Lesson D1: one that forgets has no norm at all, trains, and nobody notices"
+    block = ResBlock(ni, 8, norm=norm)
+    convs = [m for m in block.modules() if isinstance(m, nn.Sequential) and isinstance(m[0], nn.Conv2d)]
+    assert len(convs) == (2 if ni == 8 else 3)
+    kind = getattr(norm, 'func', norm) or type(None)
+    for c in convs: assert isinstance(c[1] if len(c) > 1 else None, kind) or (norm is None and not isinstance(c[-1], nn.BatchNorm2d))
+    assert sum(isinstance(m, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)) for m in block.modules()) == (len(convs) if norm else 0)
+
+def test_13_pickles_name_these_modules():
+    buf = io.BytesIO()
+    pickle.dump(nn.Sequential(ResBlock(4, 4)), buf, protocol=2)
+    names = {arg for op,arg,_ in pickletools.genops(buf.getvalue()) if op.name == 'GLOBAL'}
+    assert {'miniai.resnet ResBlock', 'miniai.init GeneralRelu'} <= names and fastcore.basics.noop is noop
+
+def test_13_layers_may_be_deleted_from_a_sequential():
+    model = nn.Sequential(ResBlock(1, 8), ResBlock(8, 16, stride=2), nn.Flatten(), nn.Linear(16, 10), nn.BatchNorm1d(10))
+    del model[4]; del model[3]
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 16*4*4)
+
+# 14
+def test_14_two_functions_conv():
+    assert isinstance(miniai.conv.conv(1, 2, act=True)[1], nn.ReLU) and isinstance(miniai.conv.conv(1, 2, act=False), nn.Conv2d)
+    assert isinstance(miniai.init.conv(1, 2, act=GeneralRelu)[-1], GeneralRelu) and len(miniai.init.conv(1, 2, act=None)) == 1
+    assert [miniai.init.conv(1, 4, norm=n)[0].bias is None for n in (nn.BatchNorm2d, partial(nn.BatchNorm2d, eps=1e-3), partial(nn.GroupNorm, 2), None)] == [True, True, False, False]
+
+# 16
+@pytest.mark.filterwarnings('ignore:mixed precision is meant for GPUs')
+@pytest.mark.parametrize('first', [True, False], ids=['listed first', 'listed last'])
+def test_16_mixed_precision(first):
+    seen = []
+    class Look(Callback):
+        order = MixedPrecision.order+1
+        def after_predict(self, learn): seen.append((learn.training, learn.preds.dtype, torch.is_autocast_enabled('cpu')))
+        def after_loss(self, learn): assert not torch.is_autocast_enabled('cpu')
+    mp,others = MixedPrecision(),[DeviceCB('cpu'), MetricsCB(), BatchTransformCB(noop)]
+    assert mp.order == DeviceCB.order+10
+    set_seed(0)
+    learn = Learner(get_model().cpu(), DataLoaders(images(8), images(16)), F.cross_entropy, cbs=[mp, *others, Look()] if first else [*others, Look(), mp])
+    before = weights(learn.model).clone()
+    learn.fit(1)
+    assert seen == [(True, torch.bfloat16, True), (False, torch.bfloat16, True)] and weights(learn.model).dtype == torch.float32
+    assert not torch.equal(before, weights(learn.model))
+    learn.lr_find()
+    with pytest.raises(ValueError): learn.fit(1, cbs=RaiseCB('after_predict', ValueError()))
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_16_accelerate_trains_the_same_and_gives_everything_back(model, dls):
+    with pytest.warns(UserWarning, match='fp16 needs CUDA'): cb = AccelerateCB()
+    def trained(cb):
+        torch.manual_seed(0)
+        learn = Learner(nn.Linear(4, 1), DataLoaders(*get_dls(list(zip(*dls.train[0])), list(zip(*dls.train[1])), 4)), cbs=[cb, MetricsCB()])
+        had = learn.model,learn.dls.train,learn.dls.valid
+        learn.fit(2)
+        assert all(a is b for a,b in zip(had, (learn.model, learn.dls.train, learn.dls.valid)))
+        return weights(learn.model)
+    assert torch.equal(trained(TrainCB()), trained(cb)) and torch.equal(trained(TrainCB()), trained(cb))
