@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['set_seed', 'Hook', 'Hooks', 'HooksCallback', 'append_stats', 'get_hist', 'get_min', 'ActivationStats']
 
-# %% ../nbs/05_activations.ipynb #72467c17
+# %% ../nbs/05_activations.ipynb #960ab2e5
 import os, random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import matplotlib.pyplot as plt, numpy as np, torch
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from torch import nn
 
-from .datasets import get_grid, show_image, subplots
+from .datasets import get_grid, subplots
 from .learner import Callback, first_tensor
 
 # %% ../nbs/05_activations.ipynb #67991114
@@ -29,10 +29,12 @@ def set_seed(
     random.seed(seed)
     np.random.seed(seed % 2**32) # NumPy takes no more
 
-# %% ../nbs/05_activations.ipynb #b6c17ea1
+# %% ../nbs/05_activations.ipynb #05602d49
 class Hook:
     "Calls `f(hook, module, inputs, output)` after each forward pass of `m`, until `remove`; `f` may keep what it likes on `hook`"
-    def __init__(self, m: nn.Module, f: Callable): self.hook = m.register_forward_hook(partial(f, self))
+    def __init__(self, m: nn.Module, f: Callable):
+        if not isinstance(m, nn.Module): raise TypeError(f'a hook needs a module, not {m!r}')
+        self.hook = m.register_forward_hook(partial(f, self))
     def remove(self) -> None: self.hook.remove()
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
@@ -54,7 +56,7 @@ class Hooks(list):
         for h in self[i] if isinstance(i, slice) else [self[i]]: h.remove()
         super().__delitem__(i)
 
-# %% ../nbs/05_activations.ipynb #1972e00b
+# %% ../nbs/05_activations.ipynb #52f7cfa3
 class HooksCallback(Callback):
     "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered"
     def __init__(self,
@@ -63,13 +65,17 @@ class HooksCallback(Callback):
         on_train: bool=True, on_valid: bool=False, # in which passes?
         mods: Iterable[nn.Module]=None # hook these instead of asking `mod_filter`
     ):
-        self.hookfunc,self.mod_filter,self.on_train,self.on_valid,self.mods = hookfunc,mod_filter,on_train,on_valid,mods
+        self.hookfunc,self.mod_filter,self.on_train,self.on_valid = hookfunc,mod_filter,on_train,on_valid
+        self.mods = mods if mods is None else list(mods)
         self.hooks = []
 
     def before_fit(self, learn):
         mods = [m for m in learn.model.modules() if self.mod_filter(m)] if self.mods is None else self.mods
         self.hooks = Hooks(mods, partial(self._hookfunc, learn))
-        if not self.hooks: raise ValueError(f'{type(self).__name__} has nothing to watch: mod_filter matches no module of the model')
+        why = 'mod_filter matches no module of the model' if self.mods is None else 'mods is empty'
+        if not mods: raise ValueError(f'{type(self).__name__} has nothing to watch: {why}')
+        names = {m: nm for nm,m in learn.model.named_modules()}
+        for h,m in zip(self.hooks, mods): h.name = f'{type(m).__name__} {names.get(m, "")}'.strip()
 
     def _hookfunc(self, learn, *args):
         if self.on_train if learn.training else self.on_valid: self.hookfunc(*args)
@@ -79,24 +85,34 @@ class HooksCallback(Callback):
     def __iter__(self) -> Iterator[Hook]: return iter(self.hooks)
     def __len__(self) -> int: return len(self.hooks)
 
-# %% ../nbs/05_activations.ipynb #f82742dc
+# %% ../nbs/05_activations.ipynb #990d0ccb
+def _histc(x):
+    strict,warn = torch.are_deterministic_algorithms_enabled(),torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict: torch.use_deterministic_algorithms(False)
+    try: return x.histc(40, 0, 10)
+    finally:
+        if strict: torch.use_deterministic_algorithms(True, warn_only=warn)
+
+# %% ../nbs/05_activations.ipynb #e08c2986
 def append_stats(hook: Hook, mod, inp, outp) -> None:
     "Append mean, standard deviation and histogram of |`outp`| (40 bins from 0 to 10, the last with all above) to the three lists `hook.stats`"
+    acts = first_tensor(outp)
+    if acts is None: return # nothing to measure
+    acts = acts.detach().float()
     if not hasattr(hook, 'stats'): hook.stats = [],[],[]
-    acts = first_tensor(outp).detach().float()
-    for stat,val in zip(hook.stats, (acts.mean(), acts.std(), acts.abs().clamp(max=10).histc(40, 0, 10))): stat.append(val)
+    for stat,val in zip(hook.stats, (acts.mean(), acts.std(), _histc(acts.abs().clamp(max=10)))): stat.append(val)
 
-# %% ../nbs/05_activations.ipynb #cc52d01f
+# %% ../nbs/05_activations.ipynb #e0a8bd23
 def get_hist(h: Hook) -> torch.Tensor: # (40, steps), on the CPU
     "The histograms that `append_stats` left, one a column, as log(1 + count)"
     return torch.stack(h.stats[2]).t().log1p().cpu()
 
 def get_min(h: Hook) -> torch.Tensor: # (steps,), on the CPU
-    "The share of activations that were nearly zero (below 0.25), at each step"
+    "The share of activations that were nearly zero (below 0.25), at each step; not a number (NaN) where none was a number"
     hist = torch.stack(h.stats[2])
     return (hist[:,0]/hist.sum(1)).cpu()
 
-# %% ../nbs/05_activations.ipynb #1b339da8
+# %% ../nbs/05_activations.ipynb #8aaeca48
 class ActivationStats(HooksCallback):
     "Gathers statistics of what the modules put out while training, and draws them"
     def __init__(self, mod_filter: Callable=noop): # module → is it to be watched?
@@ -104,34 +120,57 @@ class ActivationStats(HooksCallback):
 
     def cleanup_fit(self, learn):
         super().cleanup_fit(learn)
-        for h in self._ran(): h.stats = [list(torch.stack(s).cpu()) for s in h.stats] # the device waits once, here
+        for _,h in self._gathered(): h.stats = [list(torch.stack(s).cpu()) for s in h.stats] # the device waits once, here
 
-    def _ran(self): return [h for h in self if hasattr(h, 'stats')]
-    def _grid(self, draw, **kwargs):
-        hooks = self._ran()
-        if not hooks: raise ValueError('there are no statistics yet: fit first, with this callback in cbs')
-        for i,(ax,h) in enumerate(zip(get_grid(len(hooks), **kwargs)[1], hooks)):
+    def _gathered(self): return [(f'{i}: {h.name}', h) for i,h in enumerate(self) if all(getattr(h, 'stats', [[]]))]
+    def _ran(self):
+        ran = self._gathered()
+        if not ran: raise ValueError('there are no statistics yet: fit first, with this callback in cbs')
+        return ran
+
+    def _grid(self, draw, ylabel, figsize):
+        ran = self._ran()
+        fig,axs = get_grid(len(ran), figsize=figsize, layout='constrained')
+        for ax,(title,h) in zip(axs, ran):
             draw(ax, h)
-            ax.set_title(f'{i}', size=9)
+            ax.set_title(title, size=9)
+            ax.tick_params(labelsize=8)
+        fig.supxlabel('step', size=10); fig.supylabel(ylabel, size=10)
 
-    def color_dim(self,
-        figsize: tuple=(11,5) # inches
-    ) -> None:
-        "Histograms over time, one picture a module: bright where many activations are, time to the right, size upwards from 0 to 10"
-        self._grid(lambda ax,h: show_image(get_hist(h), ax, origin='lower', aspect='auto'), figsize=figsize)
+# %% ../nbs/05_activations.ipynb #2900c5e8
+@patch
+def plot_stats(self:ActivationStats,
+    figsize: tuple=(10,4) # inches
+) -> None:
+    "Means and standard deviations over time, one line a module"
+    ran = self._ran()
+    _,axs = subplots(1, 2, figsize=figsize, layout='constrained')
+    for i,(ax,title) in enumerate(zip(axs, ('mean', 'standard deviation'))):
+        ax.axhline(0, color='silver', lw=.8)
+        if len(ran) > 10: ax.set_prop_cycle(color=plt.cm.viridis(np.linspace(0, 1, len(ran)))) # from the first to the last
+        for name,h in ran: ax.plot(torch.stack(h.stats[i]).cpu().numpy(), label=name)
+        ax.set_title(title); ax.set_xlabel('step')
+    axs[1].legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8, ncols=-(-len(ran)//20))
 
-    def dead_chart(self, figsize: tuple=(11,5)) -> None:
-        "The share of nearly zero activations over time, one chart a module"
-        def draw(ax, h):
-            ax.plot(get_min(h))
-            ax.set_ylim(0, 1)
-        self._grid(draw, figsize=figsize)
+# %% ../nbs/05_activations.ipynb #86c55fd3
+@patch
+def color_dim(self:ActivationStats,
+    figsize: tuple=(11,5) # inches
+) -> None:
+    "Histograms over time, one picture a module: bright where many activations are, time to the right, size upwards from 0 to 10"
+    def draw(ax, h):
+        hist = get_hist(h).numpy()
+        ax.imshow(hist, origin='lower', aspect='auto', extent=(0, hist.shape[1], 0, 10))
+    self._grid(draw, 'size of the activations', figsize)
 
-    def plot_stats(self, figsize: tuple=(10,4)) -> None:
-        "Means and standard deviations over time, one line a module"
-        hooks = self._ran()
-        fig,axs = subplots(1, 2, figsize=figsize)
-        for i,(ax,title) in enumerate(zip(axs, ('mean', 'standard deviation'))):
-            for h in hooks: ax.plot(h.stats[i])
-            ax.set_title(title); ax.set_xlabel('step')
-        axs[1].legend(range(len(hooks)))
+# %% ../nbs/05_activations.ipynb #bb0db025
+@patch
+def dead_chart(self:ActivationStats,
+    figsize: tuple=(11,5) # inches
+) -> None:
+    "The share of nearly zero activations over time, one chart a module"
+    def draw(ax, h):
+        ax.plot(get_min(h).numpy())
+        ax.set_ylim(-.02, 1.02)
+        ax.grid(alpha=.3)
+    self._grid(draw, 'share below 0.25', figsize)

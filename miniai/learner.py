@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CancelFitException', 'CancelEpochException', 'CancelBatchException', 'find_cbs', 'run_cbs', 'with_cbs',
-           'Learner', 'TrainCB', 'SingleBatchCB', 'DeviceCB', 'to_cpu', 'Mean', 'FuncMetric', 'first_tensor',
+           'Learner', 'cb_list', 'TrainCB', 'SingleBatchCB', 'DeviceCB', 'to_cpu', 'Mean', 'FuncMetric', 'first_tensor',
            'MetricsCB', 'ProgressCB', 'TrainLearner', 'MomentumLearner', 'LRFinderCB']
 
 # %% ../nbs/04_learner.ipynb #397592ad
@@ -80,7 +80,7 @@ def with_cbs(
         return _f
     return decorate
 
-# %% ../nbs/04_learner.ipynb #32c5c882
+# %% ../nbs/04_learner.ipynb #9fe76101
 _STEPS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
 class _Found(dict):
@@ -99,7 +99,7 @@ class Learner:
         opt_func: Callable=optim.SGD # (parameters, lr) → optimizer, made anew by each fit; `None` for no optimizer
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self._known,self._kept = _cb_list(cbs),None,[]
+        self.cbs,self._known,self._kept = cb_list(cbs),None,[]
 
     @with_cbs('batch')
     def _one_batch(self):
@@ -145,7 +145,7 @@ class Learner:
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
         if not hasattr(self.dls, 'train'): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
-        cbs,lr = _cb_list(cbs),self.lr if lr is None else lr
+        cbs,lr = cb_list(cbs),self.lr if lr is None else lr
         self.cbs += cbs
         try:
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
@@ -196,13 +196,17 @@ class Learner:
         for name in self._kept: delattr(self, name)
         self._known,self._kept = None,[]
 
-# %% ../nbs/04_learner.ipynb #e4edefcc
-def _cb_list(cbs):
-    cbs = list(listify(cbs))
+# %% ../nbs/04_learner.ipynb #e24a2d28
+def cb_list(
+    cbs # one Callback, several in whatever holds them, or `None`
+) -> list:
+    "The callbacks as a list; `TypeError` for a class"
+    cbs = [cbs] if isinstance(cbs, Callback) else list(listify(cbs))
     for cb in cbs:
         if isinstance(cb, type): raise TypeError(f'{cb.__name__} in cbs is a class, not a callback: write {cb.__name__}()')
     return cbs
 
+# %% ../nbs/04_learner.ipynb #a4ff99fd
 def _missing(step):
     return (f'nobody supplies the step {step!r}: add TrainCB() (or another callback that has the method {step}) to cbs, '
             f'or use TrainLearner, or define {step} in a subclass')
@@ -289,11 +293,13 @@ class FuncMetric(Mean):
         super().__init__()
     def update(self, preds, targs) -> None: super().update(self.f(preds, targs), weight=len(targs))
 
-# %% ../nbs/04_learner.ipynb #c5e3b5f5
-def first_tensor(x) -> torch.Tensor:
-    "The first tensor in `x`, however nested in lists, tuples and dicts"
-    while not isinstance(x, torch.Tensor): x = next(iter(x.values() if isinstance(x, Mapping) else x))
-    return x
+# %% ../nbs/04_learner.ipynb #fcacce20
+def first_tensor(x) -> torch.Tensor|None:
+    "The first tensor in `x`, however nested in lists, tuples and dicts; `None` if there is none"
+    if isinstance(x, torch.Tensor): return x
+    parts = x if isinstance(x, (list, tuple)) else x.values() if isinstance(x, Mapping) else ()
+    for o in parts:
+        if (t := first_tensor(o)) is not None: return t
 
 # %% ../nbs/04_learner.ipynb #889f01fe
 class MetricsCB(Callback):

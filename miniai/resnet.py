@@ -18,22 +18,24 @@ from .init import GeneralRelu, conv
 # %% ../nbs/08_resnet.ipynb #3c36872f
 act_gr = partial(GeneralRelu, leak=0.1, sub=0.4)
 
-# %% ../nbs/08_resnet.ipynb #19eb9535
+# %% ../nbs/08_resnet.ipynb #98266c9c
 def _conv_block(ni, nf, stride, act=act_gr, norm=None, ks=3):
     "Two convolutions; the second has the stride, and no activation: that comes after the addition"
     return nn.Sequential(conv(ni, nf, stride=1, act=act, norm=norm, ks=ks),
                          conv(nf, nf, stride=stride, act=None, norm=norm, ks=ks))
 
+# %% ../nbs/08_resnet.ipynb #8621f519
 class ResBlock(nn.Module):
     "Two convolutions, added to their input (He et al. 2016): `act(convs(x) + idconv(pool(x)))`"
     def __init__(self,
         ni: int, nf: int, # channels in and out
         stride: int=1, # of the second convolution; the input is averaged to the same size
-        ks: int=3, # width of the windows
+        ks: int=3, # width of the windows; odd, or the size would change
         act: Callable=act_gr, # makes an activation
         norm: Callable=None # channels → normalisation; after every convolution
     ):
         super().__init__()
+        if ks % 2 == 0: raise ValueError(f'the window must have an odd width to keep the size, not {ks}')
         self.convs = _conv_block(ni, nf, stride, act=act, norm=norm, ks=ks)
         self.idconv = noop if ni==nf else conv(ni, nf, ks=1, stride=1, act=None, norm=norm)
         self.pool = noop if stride==1 else nn.AvgPool2d(stride, ceil_mode=True)

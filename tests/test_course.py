@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import miniai.augment, miniai.conv, miniai.init # augment patches Learner
 from miniai.accel import AccelerateCB, MixedPrecision
-from miniai.activations import set_seed
+from miniai.activations import ActivationStats, set_seed
 from miniai.conv import collate_device, to_device
 from miniai.datasets import DataLoaders, collate_dict, get_dls, inplace, show_image, show_images
 from miniai.init import BatchTransformCB, GeneralRelu, get_model
@@ -68,6 +68,14 @@ def test_05_callbacks_of_one_fit_as_l_and_shared_between_learners(model, dls):
         assert rec.seen[-1] == 'cleanup_fit' and rec not in learn.cbs and len(learn.cbs) == 3
     with pytest.raises(ValueError): learn.fit(1, cbs=[Recorder(), RaiseCB('after_loss', ValueError())])
     assert len(learn.cbs) == 3
+
+def test_05_one_callback_that_can_be_iterated_over_is_still_one(model, dls):
+    stats = ActivationStats()
+    TrainLearner(model, dls, cbs=stats).fit(1)
+    assert len(stats.hooks[0].stats[0]) == 11
+    learn = TrainLearner(model, dls)
+    learn.fit(1, cbs=(again := ActivationStats()))
+    assert len(again) == 1 and learn.cbs == []
 
 # 6
 def test_06_no_optimizer_and_no_learning_rate(model, dls):
