@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'miniai.init.GeneralRelu.__init__': ('init.html#generalrelu.__init__', 'miniai/init.py'),
                              'miniai.init.GeneralRelu.extra_repr': ('init.html#generalrelu.extra_repr', 'miniai/init.py'),
                              'miniai.init.GeneralRelu.forward': ('init.html#generalrelu.forward', 'miniai/init.py'),
+                             'miniai.init._ipython': ('init.html#_ipython', 'miniai/init.py'),
                              'miniai.init._lsuv_stats': ('init.html#_lsuv_stats', 'miniai/init.py'),
                              'miniai.init.clean_ipython_hist': ('init.html#clean_ipython_hist', 'miniai/init.py'),
                              'miniai.init.clean_mem': ('init.html#clean_mem', 'miniai/init.py'),
