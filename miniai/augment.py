@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['CapturePreds', 'rand_erase', 'RandErase', 'rand_copy', 'RandCopy']
 
-# %% ../nbs/09_augment.ipynb #e087183c
+# %% ../nbs/09_augment.ipynb #af2aca21
 import math, random
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import contextmanager
 
 import torch
-from fastcore.basics import listify, patch
+from fastcore.basics import patch
 from fastcore.imports import in_notebook
 from torch import nn
 
 from .activations import Hooks
 from .datasets import show_images
-from .learner import Callback, CancelFitException, Learner, SingleBatchCB, first_tensor, to_cpu
+from .learner import Callback, CancelFitException, Learner, cb_list, first_tensor, to_cpu
 
-# %% ../nbs/09_augment.ipynb #7c7e220f
+# %% ../nbs/09_augment.ipynb #04e318ec
 def _flops(x, h, w):
     "Floating-point operations of a weight `x` that is applied at `h*w` places: a multiplication and an addition for each number"
     return 2*x.numel()*h*w if x.dim() > 1 else 0
@@ -26,18 +28,33 @@ def _flops(x, h, w):
 _CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
-def _layer_flops(m, inp, outp):
-    if isinstance(m, _CONVS): return _flops(m.weight, *_area(outp))
-    if isinstance(m, _TRANSPOSED): return _flops(m.weight, *_area(inp[0]))
-    if isinstance(m, nn.Linear): return _flops(m.weight, math.prod(outp.shape[1:-1]), 1)
+def _layer_flops(m, inp, outp): # for all that is in the batch
+    if isinstance(m, _CONVS): return len(outp)*_flops(m.weight, *_area(outp))
+    if isinstance(m, _TRANSPOSED): return len(outp)*_flops(m.weight, *_area(inp[0]))
+    if isinstance(m, nn.Linear): return _flops(m.weight, math.prod(outp.shape[:-1]), 1)
     return 0
 
 def _area(x): return math.prod(x.shape[2:-1]),x.shape[-1]
 
-# %% ../nbs/09_augment.ipynb #8f63c8d0
+# %% ../nbs/09_augment.ipynb #a2ab45b0
+@contextmanager
+def _mode_kept(model):
+    "Puts each module back into training or evaluation afterwards, whichever it was in"
+    was = {m: m.training for m in model.modules()}
+    try: yield
+    finally:
+        for m,training in was.items(): m.training = training
+
+class _StopCB(Callback):
+    "End the fit at an event, when all other callbacks have been called"
+    order = math.inf
+    def __init__(self, event): setattr(self, event, self._stop)
+    def _stop(self, learn): raise CancelFitException
+
+# %% ../nbs/09_augment.ipynb #cf49b8f0
 def _shape(x):
-    try: return tuple(first_tensor(x).shape)
-    except (StopIteration, TypeError): return '' # no tensor in it
+    x = first_tensor(x)
+    return '' if x is None else tuple(x.shape)
 
 def _parts(model):
     "What `summary` lists: the children of `model`, and instead of mere lists of modules, what is in them"
@@ -45,6 +62,7 @@ def _parts(model):
 
 def _num_params(m): return sum(p.numel() for p in m.parameters())
 
+# %% ../nbs/09_augment.ipynb #b2e1b614
 @patch
 def summary(self:Learner):
     "The parts of the model with their shapes, parameters and MFLOPS: millions of operations an image, of convolutions and linear layers"
@@ -52,22 +70,18 @@ def summary(self:Learner):
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
         shapes[mod] = _shape(inp),_shape(outp)
-    with Hooks(self.model.modules(), look): self.fit(1, train=False, lr=1, cbs=SingleBatchCB())
+    with _mode_kept(self.model), Hooks(self.model.modules(), look): self.fit(1, train=False, lr=1, cbs=_StopCB('after_predict'))
+    per_image = 1/(1e6*len(first_tensor(self.batch)))
     rows = ['|Module|Input|Output|Num params|MFLOPS|', '|--|--|--|--|--|']
     for m in _parts(self.model) or [self.model]:
         inp,outp = shapes.get(m, ('', ''))
-        rows.append(f'|{type(m).__name__}|{inp}|{outp}|{_num_params(m):,}|{sum(flops[o] for o in m.modules())/1e6:.2f}|')
-    print(f'Tot params: {_num_params(self.model)}; MFLOPS: {sum(flops.values())/1e6:.1f}')
+        rows.append(f'|{type(m).__name__}|{inp}|{outp}|{_num_params(m):,}|{sum(flops[o] for o in m.modules())*per_image:.2f}|')
+    print(f'Tot params: {_num_params(self.model)}; MFLOPS: {sum(flops.values())*per_image:.1f}')
     if not in_notebook(): return print('\n'.join(rows))
     from IPython.display import Markdown
     return Markdown('\n'.join(rows))
 
-# %% ../nbs/09_augment.ipynb #0b751f8b
-class _LookCB(Callback):
-    "End the fit as soon as all others have prepared the first batch"
-    order = math.inf
-    def before_batch(self, learn): raise CancelFitException
-
+# %% ../nbs/09_augment.ipynb #347fd4fe
 @patch
 def show_image_batch(self:Learner,
     max_n: int=9, # images at most
@@ -75,19 +89,26 @@ def show_image_batch(self:Learner,
     **kwargs # passed on to `show_images`
 ) -> None:
     "Show images of a training batch as the model would be given them"
-    self.fit(1, valid=False, lr=1, cbs=[_LookCB(), *listify(cbs)])
+    with _mode_kept(self.model): self.fit(1, valid=False, lr=1, cbs=[_StopCB('before_batch'), *cb_list(cbs)])
     show_images(to_cpu(first_tensor(self.batch)[:max_n]), **kwargs)
 
-# %% ../nbs/09_augment.ipynb #e9190501
-def _cat(xs): return torch.cat(xs) if isinstance(xs[0], torch.Tensor) else tuple(_cat(o) for o in zip(*xs))
+# %% ../nbs/09_augment.ipynb #9709cbd6
+def _cat(xs):
+    x = xs[0]
+    if isinstance(x, torch.Tensor): return torch.cat(xs)
+    if isinstance(x, Mapping): return {k: _cat([o[k] for o in xs]) for k in x}
+    return tuple(_cat(o) for o in zip(*xs, strict=True)) if isinstance(x, (list, tuple)) else list(xs)
 
+# %% ../nbs/09_augment.ipynb #4c51dafa
 class CapturePreds(Callback):
     "Gathers inputs, predictions and targets of a fit on the CPU, as `all_inps`, `all_preds` and `all_targs`"
+    all_preds = None
     def before_fit(self, learn): self.all_inps,self.all_preds,self.all_targs = [],[],[]
     def after_batch(self, learn):
         for all_,new in zip((self.all_inps, self.all_preds, self.all_targs), (learn.batch[0], learn.preds, learn.batch[1])): all_.append(to_cpu(new))
     def cleanup_fit(self, learn):
-        if self.all_preds: self.all_inps,self.all_preds,self.all_targs = map(_cat, (self.all_inps, self.all_preds, self.all_targs))
+        if not isinstance(self.all_preds, list) or not self.all_preds: return # the fit never came to a prediction
+        self.all_inps,self.all_preds,self.all_targs = map(_cat, (self.all_inps, self.all_preds, self.all_targs))
 
 @patch
 def capture_preds(self:Learner,
@@ -96,14 +117,14 @@ def capture_preds(self:Learner,
 ) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU
     "Predict all of `dls.valid`"
     cp = CapturePreds()
-    self.fit(1, train=False, lr=1, cbs=[cp, *listify(cbs)])
+    with _mode_kept(self.model): self.fit(1, train=False, lr=1, cbs=[cp, *cb_list(cbs)])
     return (cp.all_preds, cp.all_targs, cp.all_inps) if inps else (cp.all_preds, cp.all_targs)
 
-# %% ../nbs/09_augment.ipynb #0144d393
+# %% ../nbs/09_augment.ipynb #5adcd4dc
 def _rand_erase1(x, pct, xm, xs, mn, mx):
     "Noise of mean `xm` and standard deviation `xs`, cut off at `mn` and `mx`, in place of a rectangle of all images of `x`"
-    patch = x[_rand_box(x, pct)]
-    patch.copy_((torch.randn_like(patch)*xs + xm).clamp(mn, mx))
+    box = x[_rand_box(x, pct)]
+    box.copy_((torch.randn_like(box)*xs + xm).clamp(mn, mx))
 
 def _rand_box(x, pct):
     h,w = x.shape[-2:]
@@ -111,22 +132,24 @@ def _rand_box(x, pct):
     top,left = random.randint(0, h-bh),random.randint(0, w-bw)
     return ..., slice(top, top+bh), slice(left, left+bw)
 
+# %% ../nbs/09_augment.ipynb #bb45515d
 def _check_images(x, pct):
+    if x.ndim < 3: raise ValueError(f'expected images (n, c, h, w) or (c, h, w), not shape {tuple(x.shape)}')
     if not x.is_floating_point(): raise TypeError(f'expected images in floating point, not {x.dtype}')
     if not 0 <= pct <= 1: raise ValueError(f'pct is a share of height and width, between 0 and 1, not {pct}')
 
-# %% ../nbs/09_augment.ipynb #67d63341
 def rand_erase(
     x: torch.Tensor, # floating point (n, c, h, w) or (c, h, w)
     pct: float=0.2, # height and width of a rectangle, as a share of the image's
     max_num: int=4 # 0 to so many rectangles, the same for all images of the batch
 ) -> torch.Tensor: # a changed copy
-    "Random erasing (Zhong et al. 2020), with noise that keeps mean, standard deviation and range as they were"
+    "Random erasing (Zhong et al. 2020), with noise of the mean, the standard deviation and the range of `x`"
     _check_images(x, pct)
     x,stats = x.clone(),(x.mean(), x.std(), x.min(), x.max())
     for _ in range(random.randint(0, max_num)): _rand_erase1(x, pct, *stats)
     return x
 
+# %% ../nbs/09_augment.ipynb #30704f2d
 class _RandBoxes(nn.Module):
     def __init__(self, pct: float=0.2, max_num: int=4): # as `f` takes them
         super().__init__()
@@ -135,17 +158,17 @@ class _RandBoxes(nn.Module):
     def extra_repr(self) -> str: return f'pct={self.pct}, max_num={self.max_num}'
 
 class RandErase(_RandBoxes):
-    "`rand_erase` as a layer"
+    "`rand_erase` as a module, for a row of transforms"
     f = staticmethod(rand_erase)
 
-# %% ../nbs/09_augment.ipynb #e346c9cb
+# %% ../nbs/09_augment.ipynb #c2b1667a
 def _rand_copy1(x, pct):
     "A rectangle of each image of `x` over another of the same image"
     src = x[_rand_box(x, pct)].clone()
     x[_rand_box(x, pct)] = src
 
 def rand_copy(
-    x: torch.Tensor, # (n, c, h, w) or (c, h, w)
+    x: torch.Tensor, # floating point (n, c, h, w) or (c, h, w)
     pct: float=0.2, # height and width of a rectangle, as a share of the image's
     max_num: int=4 # 0 to so many rectangles, the same for all images of the batch
 ) -> torch.Tensor: # a changed copy
@@ -155,6 +178,7 @@ def rand_copy(
     for _ in range(random.randint(0, max_num)): _rand_copy1(x, pct)
     return x
 
+# %% ../nbs/09_augment.ipynb #44a4f1e8
 class RandCopy(_RandBoxes):
-    "`rand_copy` as a layer"
+    "`rand_copy` as a module, for a row of transforms"
     f = staticmethod(rand_copy)

@@ -160,7 +160,7 @@ def test_11_summary(image_learner, capsys):
     before = {k: v.clone() for k,v in image_learner.model.state_dict().items()}
     image_learner.summary()
     out = capsys.readouterr().out
-    with FlopCounterMode(display=False) as counter: image_learner.model(torch.randn(1, 1, 16, 16))
+    with FlopCounterMode(display=False) as counter: image_learner.model.eval()(torch.randn(1, 1, 16, 16))
     params = sum(p.numel() for p in image_learner.model.parameters())
     assert f'Tot params: {params}; MFLOPS: {counter.get_total_flops()/1e6:.1f}\n' in out
     assert sum(line.startswith('|Sequential|') for line in out.splitlines()) == 5
