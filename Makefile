@@ -20,7 +20,7 @@ demo: $(READY) ## train a diffusion model on pictures of clothes and draw new on
 test: $(READY) ## check that package and notebooks agree, run tests/, then run every notebook
 	@$(BIN)/python tests/run.py
 
-lessons: $(READY) ## run the lesson notebooks in full for this machine, into _run/
+lessons: $(READY) ## run the lessons on dropout and diffusion (10 to 13) in full for this machine, into _run/
 	@$(BIN)/python .ci/lesson.py $(LESSONS)
 
 data: ## fetch Fashion-MNIST where apt is there, without root

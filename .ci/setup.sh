@@ -25,3 +25,4 @@ if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --const
     say "the installation failed; the reason stands above. Run make again to go on where it stopped"; exit 1
 fi
 touch .venv/.ready
+say "everything is installed. make demo draws clothes, make lab opens the notebooks"

@@ -56,7 +56,7 @@ class Hooks(list):
         for h in self[i] if isinstance(i, slice) else [self[i]]: h.remove()
         super().__delitem__(i)
 
-# %% ../nbs/05_activations.ipynb #52f7cfa3
+# %% ../nbs/05_activations.ipynb #e63ac37e
 class HooksCallback(Callback):
     "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered"
     def __init__(self,
@@ -65,6 +65,8 @@ class HooksCallback(Callback):
         on_train: bool=True, on_valid: bool=False, # in which passes?
         mods: Iterable[nn.Module]=None # hook these instead of asking `mod_filter`
     ):
+        if isinstance(mod_filter, type):
+            raise TypeError(f'mod_filter is the class {mod_filter.__name__}, but has to be a function, such as risinstance({mod_filter.__name__}) of fastcore')
         self.hookfunc,self.mod_filter,self.on_train,self.on_valid = hookfunc,mod_filter,on_train,on_valid
         self.mods = mods if mods is None else list(mods)
         self.hooks = []
@@ -112,7 +114,7 @@ def get_min(h: Hook) -> torch.Tensor: # (steps,), on the CPU
     hist = torch.stack(h.stats[2])
     return (hist[:,0]/hist.sum(1)).cpu()
 
-# %% ../nbs/05_activations.ipynb #8aaeca48
+# %% ../nbs/05_activations.ipynb #402034f5
 class ActivationStats(HooksCallback):
     "Gathers statistics of what the modules put out while training, and draws them"
     def __init__(self, mod_filter: Callable=noop): # module → is it to be watched?
@@ -125,7 +127,7 @@ class ActivationStats(HooksCallback):
     def _gathered(self): return [(f'{i}: {h.name}', h) for i,h in enumerate(self) if all(getattr(h, 'stats', [[]]))]
     def _ran(self):
         ran = self._gathered()
-        if not ran: raise ValueError('there are no statistics yet: fit first, with this callback in cbs')
+        if not ran: raise ValueError('there are no statistics: they are those of the last fit, and it trained nothing with this callback in its cbs')
         return ran
 
     def _grid(self, draw, ylabel, figsize):

@@ -62,10 +62,10 @@ def _parts(model):
 
 def _num_params(m): return sum(p.numel() for p in m.parameters())
 
-# %% ../nbs/09_augment.ipynb #b2e1b614
+# %% ../nbs/09_augment.ipynb #e36a7f52
 @patch
 def summary(self:Learner):
-    "The parts of the model with their shapes, parameters and MFLOPS: millions of operations an image, of convolutions and linear layers"
+    "Parts of the model with shapes, parameters and MFLOPS: millions of operations an image, of convolutions and linear layers. A fit of one batch"
     flops,shapes = Counter(),{}
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
@@ -99,7 +99,7 @@ def _cat(xs):
     if isinstance(x, Mapping): return {k: _cat([o[k] for o in xs]) for k in x}
     return tuple(_cat(o) for o in zip(*xs, strict=True)) if isinstance(x, (list, tuple)) else list(xs)
 
-# %% ../nbs/09_augment.ipynb #4c51dafa
+# %% ../nbs/09_augment.ipynb #c725444b
 class CapturePreds(Callback):
     "Gathers inputs, predictions and targets of a fit on the CPU, as `all_inps`, `all_preds` and `all_targs`"
     all_preds = None
@@ -115,7 +115,7 @@ def capture_preds(self:Learner,
     cbs=None, # further callbacks, such as transforms
     inps: bool=False # the inputs as well?
 ) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU
-    "Predict all of `dls.valid`"
+    "Predict all of `dls.valid`. It is a fit, so callbacks that keep records of the last fit start anew"
     cp = CapturePreds()
     with _mode_kept(self.model): self.fit(1, train=False, lr=1, cbs=[cp, *cb_list(cbs)])
     return (cp.all_preds, cp.all_targs, cp.all_inps) if inps else (cp.all_preds, cp.all_targs)

@@ -252,7 +252,7 @@ def get_dls(
     "A shuffled loader for training and one in order for validation"
     return DataLoader(train_ds, batch_size=bs, shuffle=True, **kwargs), DataLoader(valid_ds, batch_size=bs*2, **kwargs)
 
-# %% ../nbs/01_datasets.ipynb #bad9da64
+# %% ../nbs/01_datasets.ipynb #78f63c7f
 class DataLoaders:
     "A training and a validation loader, kept together as `train` and `valid`"
     def __init__(self, *dls):
@@ -267,6 +267,8 @@ class DataLoaders:
         **kwargs # passed on to both `DataLoader`s, such as `num_workers`
     ):
         "Loaders for the sets in `dd`, row by row"
+        if not isinstance(dd, Mapping) or len(dd) < 2:
+            raise TypeError(f'from_dd needs a dict of two sets, such as a DatasetDict with train and test, not {dd}')
         collate = collate_dict(dd[next(iter(dd))]) if as_tuple else default_collate
         return cls(*get_dls(*list(dd.values())[:2], bs=batch_size, **{'collate_fn': collate, **kwargs}))
 

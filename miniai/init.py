@@ -27,7 +27,7 @@ def init_weights(
     "Kaiming initialisation (He et al. 2015, equation 15): variance 2/((1+leaky²)·fan_in)"
     if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)): init.kaiming_normal_(m.weight, a=leaky)
 
-# %% ../nbs/06_init.ipynb #a6fc6b9b
+# %% ../nbs/06_init.ipynb #991cd788
 class BatchTransformCB(Callback):
     "Replaces each batch by `tfm(batch)`, on whatever device it is"
     def __init__(self,
@@ -38,7 +38,8 @@ class BatchTransformCB(Callback):
     def before_batch(self, learn):
         if not (self.on_train if learn.training else self.on_val): return
         learn.batch = self.tfm(learn.batch)
-        if learn.batch is None: raise ValueError('the tfm of BatchTransformCB returned nothing: it has to return the batch')
+        if learn.batch is None or isinstance(learn.batch, torch.Tensor):
+            raise ValueError(f'the tfm of BatchTransformCB returned a {type(learn.batch).__name__}: it has to return the whole batch')
 
 # %% ../nbs/06_init.ipynb #ae1536e4
 def plot_func(
@@ -66,7 +67,7 @@ class GeneralRelu(nn.Module):
 
     def extra_repr(self) -> str: return f'leak={self.leak}, sub={self.sub}, maxv={self.maxv}'
 
-# %% ../nbs/06_init.ipynb #e4154d20
+# %% ../nbs/06_init.ipynb #4870a9b0
 _BATCHNORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
 def conv(
@@ -78,6 +79,8 @@ def conv(
     bias: bool=None # has the convolution a bias? By default, unless a BatchNorm follows, which has its own
 ) -> nn.Sequential: # convolution, norm, activation: (n, ni, h, w) → (n, nf, ⌈h/stride⌉, ⌈w/stride⌉)
     "A convolution with normalisation and activation after it"
+    for k,v in dict(act=act, norm=norm).items():
+        if v is True or isinstance(v, nn.Module): raise TypeError(f'{k} is {v}, but has to be a class or function that makes one, or None')
     if bias is None: bias = getattr(norm, 'func', norm) not in _BATCHNORMS
     layers = [nn.Conv2d(ni, nf, stride=stride, kernel_size=ks, padding=ks//2, bias=bias)]
     if norm: layers.append(norm(nf))
@@ -98,20 +101,20 @@ def get_model(
 # %% ../nbs/06_init.ipynb #55278097
 def _lsuv_stats(hook, mod, inp, outp): hook.mean,hook.std = outp.mean().item(),outp.std().item()
 
-# %% ../nbs/06_init.ipynb #c590582e
+# %% ../nbs/06_init.ipynb #db8051cf
 @torch.no_grad()
 def lsuv_init(
     model: nn.Module, # changed in `m_in` only; evaluated without dropout
     m: nn.Module, # the module of `model` whose output is brought to mean 0 and standard deviation 1, such as an activation
     m_in: nn.Module, # the layer before it, whose weight and bias are changed
-    xb: torch.Tensor, # a batch for `model`
+    xb: torch.Tensor, # inputs for `model`
     max_iter: int=100, # passes before it gives up
     tol: float=1e-3 # how near mean and standard deviation have to come
 ) -> None:
     "Layer-sequential unit-variance initialisation (Mishkin & Matas 2016) of one layer; `ValueError` with the layer's name if it does not converge"
     name = next((nm for nm,o in model.named_modules() if o is m), None)
     if name is None: raise ValueError(f'm is not a part of the model: {m}')
-    if getattr(m_in, 'bias', None) is None: raise ValueError(f'm_in has no bias to move the mean with: {m_in}')
+    if getattr(m_in, 'bias', None) is None: raise ValueError(f'm_in has no bias to move the mean with: {m_in} (give it bias=True; where a BatchNorm follows it, LSUV is not needed)')
     was,modes = [p.clone() for p in (m_in.weight, m_in.bias)],[(o, o.training) for o in model.modules()]
     try:
         with Hook(m, _lsuv_stats) as h:
@@ -125,7 +128,8 @@ def lsuv_init(
                 m_in.weight /= h.std
         for p,o in zip((m_in.weight, m_in.bias), was): p.copy_(o)
         raise ValueError(f'LSUV did not converge at {name} ({m}): it ended at mean {h.mean:.3g}, standard deviation {h.std:.3g} '
-                         'instead of 0 and 1. (What is never negative, such as the output of ReLU, has no mean of 0.) Its weights were put back')
+                         'instead of 0 and 1. Is m_in the layer before it? (And what is never negative, as ReLU puts out, cannot have a mean of 0.) '
+                         'The weights of m_in were put back')
     finally:
         for o,training in modes: o.training = training
 

@@ -35,14 +35,19 @@ class CancelBatchException(Exception):
 
 _CANCEL = dict(fit=CancelFitException, epoch=CancelEpochException, batch=CancelBatchException)
 
-# %% ../nbs/04_learner.ipynb #81791a00
+# %% ../nbs/04_learner.ipynb #df6945b3
 _by_order = attrgetter('order')
+
+def _check_cb(cb):
+    if isinstance(cb, type): raise TypeError(f'{cb.__name__} in cbs is a class, not a callback: write {cb.__name__}()')
+    if not hasattr(cb, 'order'): raise TypeError(f'{cb!r} in cbs is not a callback: it is a {type(cb).__name__}')
 
 def find_cbs(
     cbs: Iterable[Callback],
     method_nm: str # an event, such as 'after_batch'
 ) -> list[Callable]: # bound methods
     "Method `method_nm` of all `cbs` that have it, sorted by `order`, and by position where that is equal"
+    for cb in cbs: _check_cb(cb)
     return [m for cb in sorted(cbs, key=_by_order) if (m := getattr(cb, method_nm, None)) is not None]
 
 # %% ../nbs/04_learner.ipynb #80a556fb
@@ -80,7 +85,7 @@ def with_cbs(
         return _f
     return decorate
 
-# %% ../nbs/04_learner.ipynb #9fe76101
+# %% ../nbs/04_learner.ipynb #ee3d3ce5
 _STEPS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
 class _Found(dict):
@@ -144,12 +149,12 @@ class Learner:
         lr: float=None # for this fit only; `self.lr` if `None`
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
-        if not hasattr(self.dls, 'train'): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
+        if not hasattr(self.dls, 'train'): raise ValueError(_no_data(self.dls))
         cbs,lr = cb_list(cbs),self.lr if lr is None else lr
         self.cbs += cbs
         try:
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
-            self.opt = self._new_opt(lr) if self.opt_func else None
+            self.opt = None if self.opt_func is None else self._new_opt(lr)
             self._fit(train, valid)
         finally:
             for cb in cbs: self.cbs.remove(cb)
@@ -157,6 +162,7 @@ class Learner:
 
     def _new_opt(self, lr):
         if lr is None: raise ValueError('no learning rate: give lr to the Learner or to fit')
+        if not callable(self.opt_func): raise TypeError(_not_a_maker(self.opt_func))
         opt = self.opt_func(self.model.parameters(), lr)
         opt.zero_grad() # what a fit that was interrupted may have left
         return opt
@@ -188,7 +194,9 @@ class Learner:
         "Until `_forget`, a step that is left to one callback is that callback's method itself"
         for name in _STEPS:
             found,own = find_cbs(self.cbs, name),getattr(getattr(self, name), '__func__', None)
-            if len(found) == 1 and own is getattr(Learner, name):
+            if own is not getattr(Learner, name): continue
+            if len(found) > 1 and name in ('backward', 'step'): raise ValueError(_twice(name, found))
+            if len(found) == 1:
                 setattr(self, name, partial(found[0], self))
                 self._kept.append(name)
 
@@ -196,20 +204,31 @@ class Learner:
         for name in self._kept: delattr(self, name)
         self._known,self._kept = None,[]
 
-# %% ../nbs/04_learner.ipynb #e24a2d28
+# %% ../nbs/04_learner.ipynb #a135e069
 def cb_list(
     cbs # one Callback, several in whatever holds them, or `None`
 ) -> list:
-    "The callbacks as a list; `TypeError` for a class"
+    "The callbacks as a list; `TypeError` for what is none"
     cbs = [cbs] if isinstance(cbs, Callback) else list(listify(cbs))
-    for cb in cbs:
-        if isinstance(cb, type): raise TypeError(f'{cb.__name__} in cbs is a class, not a callback: write {cb.__name__}()')
+    for cb in cbs: _check_cb(cb)
     return cbs
 
-# %% ../nbs/04_learner.ipynb #a4ff99fd
+# %% ../nbs/04_learner.ipynb #850d0975
 def _missing(step):
     return (f'nobody supplies the step {step!r}: add TrainCB() (or another callback that has the method {step}) to cbs, '
             f'or use TrainLearner, or define {step} in a subclass')
+
+def _twice(step, found):
+    names = ' and '.join(type(m.__self__).__name__ for m in found)
+    return f'{names} both supply the step {step!r}: leave one of them out of cbs'
+
+def _no_data(dls):
+    if isinstance(dls, tuple) and dls == (0,): return 'this Learner has no data: give it dls=DataLoaders(train, valid)'
+    return f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)'
+
+def _not_a_maker(opt_func):
+    return (f'opt_func is a {type(opt_func).__name__} object, but each fit needs a new optimizer: '
+            'give a class or function that makes one from parameters and learning rate, such as optim.Adam')
 
 def _check_scalar(loss):
     what = f'shape {tuple(loss.shape)}' if isinstance(loss, torch.Tensor) else f'a {type(loss).__name__}'
@@ -218,7 +237,7 @@ def _check_scalar(loss):
                          'reduce it, with .mean() for example')
 
 def _empty(training): return ('dls.train gave no batch: there is nothing to train on' if training else
-                             'dls.valid gave no batch: there is nothing to validate on (pass valid=False if that is meant)')
+                             'dls.valid gave no batch: there is nothing to validate on (fit(valid=False) leaves it out)')
 
 # %% ../nbs/04_learner.ipynb #cb5a64e4
 class TrainCB(Callback):
@@ -301,11 +320,13 @@ def first_tensor(x) -> torch.Tensor|None:
     for o in parts:
         if (t := first_tensor(o)) is not None: return t
 
-# %% ../nbs/04_learner.ipynb #889f01fe
+# %% ../nbs/04_learner.ipynb #ffaa2949
 class MetricsCB(Callback):
     "Metrics over each epoch, and the loss: objects with `update`, `compute` and `reset`, or functions of (preds, targets)"
     def __init__(self, *ms, **metrics):
         named = {getattr(m, '__name__', type(m).__name__): m for m in ms} | metrics
+        for m in named.values():
+            if isinstance(m, type): raise TypeError(f'{m.__name__} is a class, not a metric: write {m.__name__}(...)')
         self.metrics = {k: m if hasattr(m, 'compute') else FuncMetric(m) for k,m in named.items()}
         self.loss = Mean()
         self.all_metrics = self.metrics | dict(loss=self.loss)
@@ -462,7 +483,7 @@ class LRFinderCB(Callback):
         ax.plot(self.lrs, self.losses)
         ax.set_xscale('log'); ax.set_xlabel('learning rate'); ax.set_ylabel('loss')
 
-# %% ../nbs/04_learner.ipynb #e17fc6e6
+# %% ../nbs/04_learner.ipynb #e4082d72
 @patch
 def lr_find(self:Learner,
     gamma: float=1.3, # the learning rate's factor from batch to batch
@@ -470,7 +491,10 @@ def lr_find(self:Learner,
     start_lr: float=1e-5, # the first learning rate
     max_epochs: int=10 # give up after this many
 ) -> None:
-    "Plot the loss against the learning rate; the model's weights are as before afterwards"
-    was = {k: v.clone() for k,v in self.model.state_dict().items()}
-    try: self.fit(max_epochs, lr=start_lr, cbs=LRFinderCB(gamma, max_mult))
-    finally: self.model.load_state_dict(was)
+    "Plot the loss against the learning rate, without the schedulers in `cbs`; the model's weights are as before afterwards"
+    weights,cbs = {k: v.clone() for k,v in self.model.state_dict().items()},self.cbs
+    self.cbs = [cb for cb in cbs if not hasattr(cb, 'sched')] # a schedule would change the learning rate as well
+    try: self.fit(max_epochs, valid=False, lr=start_lr, cbs=LRFinderCB(gamma, max_mult))
+    finally:
+        self.cbs = cbs
+        self.model.load_state_dict(weights)

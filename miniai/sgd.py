@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from .learner import Callback, to_cpu
 
-# %% ../nbs/07_sgd.ipynb #d2d738c0
+# %% ../nbs/07_sgd.ipynb #8c12e741
 class BaseSchedCB(Callback):
     "Makes a scheduler for the fit's optimizer; subclasses say when it steps"
     def __init__(self,
         sched: Callable # optimizer → scheduler
     ):
         if not callable(sched):
-            raise TypeError(f'sched is {type(sched).__name__} object, but has to be a function that makes a scheduler for the optimizer of '
+            raise TypeError(f'sched is a {type(sched).__name__} object, but has to be a function that makes a scheduler for the optimizer of '
                             'each fit, such as partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=100)')
         self.sched = sched
 
@@ -44,11 +44,12 @@ class HasLearnCB(Callback):
     def before_fit(self, learn): self.learn = learn
     def cleanup_fit(self, learn): self.learn = None
 
-# %% ../nbs/07_sgd.ipynb #451e4e1f
+# %% ../nbs/07_sgd.ipynb #ca831810
 class RecorderCB(Callback):
     "After each training batch, record `f(self)` for each `name=f`; `self.pg` is the optimizer's first parameter group"
     def __init__(self, **d): self.d = d
     def before_fit(self, learn):
+        if learn.opt is None: raise ValueError('RecorderCB has no optimizer to record from: the Learner has opt_func=None')
         self.recs = {k: [] for k in self.d}
         self.pg = learn.opt.param_groups[0]
     def after_batch(self, learn):
@@ -57,7 +58,8 @@ class RecorderCB(Callback):
     def plot(self) -> None:
         "Plot every series that was recorded"
         import matplotlib.pyplot as plt
-        if not getattr(self, 'recs', None): raise ValueError('nothing was recorded: name what to record, RecorderCB(lr=...), and fit first')
+        if not any(getattr(self, 'recs', {}).values()):
+            raise ValueError('there is nothing to plot: what is named, RecorderCB(lr=...), is recorded in the training of the last fit')
         _,axs = plt.subplots(1, len(self.recs), figsize=(4*len(self.recs), 2.5), squeeze=False, layout='constrained')
         for ax,(k,v) in zip(axs[0], self.recs.items()):
             ax.plot(to_cpu(v)); ax.set_xlabel('step'); ax.set_ylabel(k)

@@ -182,6 +182,16 @@ def test_lr_find_puts_the_weights_back_even_after_an_error(model, dls):
     with pytest.raises(ValueError): learn.lr_find()
     assert torch.equal(before, weights(model))
 
+def test_lr_find_leaves_schedulers_out_and_needs_no_validation_data(model, dls):
+    from miniai.sgd import BatchSchedCB
+    sched = BatchSchedCB(lambda opt: optim.lr_scheduler.OneCycleLR(opt, max_lr=.1, total_steps=4)) # too short for the finder
+    class Lrs(Callback):
+        def before_fit(self, learn): self.lrs = []
+        def after_predict(self, learn): self.lrs.append(learn.opt.param_groups[0]['lr'])
+    learn = TrainLearner(model, DataLoaders(dls.train, []), cbs=[sched, lrs := Lrs()])
+    learn.lr_find(gamma=2, start_lr=1e-4)
+    assert lrs.lrs[:3] == pytest.approx([1e-4, 2e-4, 4e-4]) and learn.cbs == [sched, lrs]
+
 def test_momentum_learner_has_its_default_and_plain_sgd_as_a_special_case(dls):
     def trained(cls, **kw):
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ import contextlib, signal, subprocess, sys, threading
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics import MeanAbsoluteError
 
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
@@ -87,4 +88,15 @@ def test_training_leaves_the_seed_alone(model, dls):
 def test_things_that_are_not_callbacks(model, dls):
     with pytest.raises(TypeError, match=r'write MetricsCB\(\)'): Learner(model, dls, cbs=[TrainCB(), MetricsCB])
     with pytest.raises(TypeError, match=r'write ProgressCB\(\)'): TrainLearner(model, dls).fit(1, cbs=ProgressCB)
-    with pytest.raises(AttributeError, match="no attribute 'order'"): TrainLearner(model, dls, cbs=object()).fit(1)
+    for cbs in (object(), [[TrainCB()]], 'TrainCB', [None]):
+        with pytest.raises(TypeError, match='is not a callback'): TrainLearner(model, dls, cbs=cbs)
+    learn = TrainLearner(model, dls)
+    learn.cbs.append(MetricsCB)
+    with pytest.raises(TypeError, match=r'write MetricsCB\(\)'): learn.fit(1)
+    with pytest.raises(TypeError, match='MeanAbsoluteError is a class'): MetricsCB(mae=MeanAbsoluteError)
+
+def test_two_callbacks_for_one_step(model, dls):
+    learn = Learner(model, dls, cbs=[TrainCB(), TrainCB()])
+    with pytest.raises(ValueError, match="both supply the step 'backward'"): learn.fit(1)
+    learn.cbs.pop()
+    learn.fit(1)
