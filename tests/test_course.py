@@ -256,6 +256,9 @@ def test_16_mixed_precision(first):
     with pytest.raises(ValueError): learn.fit(1, cbs=RaiseCB('after_predict', ValueError()))
     assert not torch.is_autocast_enabled('cpu')
 
+def test_16_mixed_precision_says_that_it_is_slow_on_a_cpu(model, dls):
+    with pytest.warns(UserWarning, match='meant for GPUs'): Learner(model, dls, cbs=MixedPrecision()).fit(1)
+
 def test_16_accelerate_trains_the_same_and_gives_everything_back(model, dls):
     with pytest.warns(UserWarning, match='fp16 needs CUDA'): cb = AccelerateCB()
     def trained(cb):
