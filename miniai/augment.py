@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CapturePreds', 'rand_erase', 'RandErase', 'rand_copy', 'RandCopy']
 
-# %% ../nbs/09_augment.ipynb #af2aca21
+# %% ../nbs/09_augment.ipynb #c924d025
 import math, random
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 import torch
 from fastcore.basics import patch
@@ -18,6 +17,7 @@ from torch import nn
 
 from .activations import Hooks
 from .datasets import show_images
+from .init import mode_kept
 from .learner import Callback, CancelFitException, Learner, cb_list, first_tensor, to_cpu
 
 # %% ../nbs/09_augment.ipynb #04e318ec
@@ -36,15 +36,7 @@ def _layer_flops(m, inp, outp): # for all that is in the batch
 
 def _area(x): return math.prod(x.shape[2:-1]),x.shape[-1]
 
-# %% ../nbs/09_augment.ipynb #a2ab45b0
-@contextmanager
-def _mode_kept(model):
-    "Puts each module back into training or evaluation afterwards, whichever it was in"
-    was = {m: m.training for m in model.modules()}
-    try: yield
-    finally:
-        for m,training in was.items(): m.training = training
-
+# %% ../nbs/09_augment.ipynb #aef0f6a5
 class _StopCB(Callback):
     "End the fit at an event, when all other callbacks have been called"
     order = math.inf
@@ -62,7 +54,7 @@ def _parts(model):
 
 def _num_params(m): return sum(p.numel() for p in m.parameters())
 
-# %% ../nbs/09_augment.ipynb #e36a7f52
+# %% ../nbs/09_augment.ipynb #3f322640
 @patch
 def summary(self:Learner):
     "Parts of the model with shapes, parameters and MFLOPS: millions of operations an image, of convolutions and linear layers. A fit of one batch"
@@ -70,7 +62,7 @@ def summary(self:Learner):
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
         shapes[mod] = _shape(inp),_shape(outp)
-    with _mode_kept(self.model), Hooks(self.model.modules(), look): self.fit(1, train=False, lr=1, cbs=_StopCB('after_predict'))
+    with mode_kept(self.model), Hooks(self.model.modules(), look): self.fit(1, train=False, lr=1, cbs=_StopCB('after_predict'))
     per_image = 1/(1e6*len(first_tensor(self.batch)))
     rows = ['|Module|Input|Output|Num params|MFLOPS|', '|--|--|--|--|--|']
     for m in _parts(self.model) or [self.model]:
@@ -81,7 +73,7 @@ def summary(self:Learner):
     from IPython.display import Markdown
     return Markdown('\n'.join(rows))
 
-# %% ../nbs/09_augment.ipynb #347fd4fe
+# %% ../nbs/09_augment.ipynb #97cc3099
 @patch
 def show_image_batch(self:Learner,
     max_n: int=9, # images at most
@@ -89,7 +81,7 @@ def show_image_batch(self:Learner,
     **kwargs # passed on to `show_images`
 ) -> None:
     "Show images of a training batch as the model would be given them"
-    with _mode_kept(self.model): self.fit(1, valid=False, lr=1, cbs=[_StopCB('before_batch'), *cb_list(cbs)])
+    with mode_kept(self.model): self.fit(1, valid=False, lr=1, cbs=[_StopCB('before_batch'), *cb_list(cbs)])
     show_images(to_cpu(first_tensor(self.batch)[:max_n]), **kwargs)
 
 # %% ../nbs/09_augment.ipynb #9709cbd6
@@ -99,7 +91,7 @@ def _cat(xs):
     if isinstance(x, Mapping): return {k: _cat([o[k] for o in xs]) for k in x}
     return tuple(_cat(o) for o in zip(*xs, strict=True)) if isinstance(x, (list, tuple)) else list(xs)
 
-# %% ../nbs/09_augment.ipynb #c725444b
+# %% ../nbs/09_augment.ipynb #82e2fda4
 class CapturePreds(Callback):
     "Gathers inputs, predictions and targets of a fit on the CPU, as `all_inps`, `all_preds` and `all_targs`"
     all_preds = None
@@ -117,7 +109,7 @@ def capture_preds(self:Learner,
 ) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU
     "Predict all of `dls.valid`. It is a fit, so callbacks that keep records of the last fit start anew"
     cp = CapturePreds()
-    with _mode_kept(self.model): self.fit(1, train=False, lr=1, cbs=[cp, *cb_list(cbs)])
+    with mode_kept(self.model): self.fit(1, train=False, lr=1, cbs=[cp, *cb_list(cbs)])
     return (cp.all_preds, cp.all_targs, cp.all_inps) if inps else (cp.all_preds, cp.all_targs)
 
 # %% ../nbs/09_augment.ipynb #5adcd4dc

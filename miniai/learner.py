@@ -368,7 +368,7 @@ def _some(dl, training):
     except StopIteration: raise ValueError(_empty(training)) from None
     yield from dl
 
-# %% ../nbs/04_learner.ipynb #7ca950be
+# %% ../nbs/04_learner.ipynb #6933639d
 class ProgressCB(Callback):
     "Progress bars and a table of metrics, and with `plot` a live curve of the loss in a notebook; text elsewhere"
     order = MetricsCB.order+1
@@ -378,7 +378,7 @@ class ProgressCB(Callback):
     def before_fit(self, learn):
         from fastprogress.fastprogress import master_bar
         learn.epochs = self.mbar = master_bar(learn.epochs)
-        self.first,self.drawn,self.steps = True,time.monotonic(),0
+        self.first,self.drawn = True,time.monotonic()
         self.losses,self.val_losses,self.val_steps,self._new = [],[],[],[]
         if hasattr(learn, 'metrics'): learn.metrics._log = self._log
 
