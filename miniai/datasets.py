@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FASHION_CLASSES', 'IDX_FILES', 'HUB_ID', 'read_idx', 'to_dataset', 'has_idx', 'from_idx', 'hub_reachable', 'from_hub',
-           'idx_folders', 'drawn', 'fashion_mnist', 'show_image', 'subplots', 'get_grid', 'show_images', 'inplace',
-           'collate_dict', 'get_dls', 'DataLoaders', 'TensorLoader', 'to_float', 'to_tensors', 'in_memory']
+           'cache_dir', 'idx_folders', 'drawn', 'is_drawn', 'fashion_mnist', 'show_image', 'subplots', 'get_grid',
+           'show_images', 'inplace', 'collate_dict', 'get_dls', 'DataLoaders', 'TensorLoader', 'to_float', 'to_tensors',
+           'in_memory']
 
 # %% ../nbs/01_datasets.ipynb #96b06796
 import contextlib, gzip, math, os, sys, threading, warnings, zlib
@@ -120,13 +121,16 @@ def from_hub(
     try: return datasets.load_dataset(path)
     finally: datasets.config.HF_HUB_OFFLINE = was
 
-# %% ../nbs/01_datasets.ipynb #4b56468a
+# %% ../nbs/01_datasets.ipynb #7ce0b17e
+def cache_dir() -> Path:
+    "Where miniai keeps what it fetched or made: `miniai` in `XDG_CACHE_HOME`, or else in `~/.cache`"
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'miniai'
+
 def idx_folders() -> list[Path]:
     "The folders where the Debian package and `make data` put the files"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
-    return [Path('/usr/share/datasets/fashion-mnist'), cache/'miniai/fashion-mnist']
+    return [Path('/usr/share/datasets/fashion-mnist'), cache_dir()/'fashion-mnist']
 
-# %% ../nbs/01_datasets.ipynb #86c13dcd
+# %% ../nbs/01_datasets.ipynb #8246e634
 def drawn(
     n_train: int=6000, n_test: int=1000 # images in each set
 ): # `datasets.DatasetDict` with `train` and `test`
@@ -135,6 +139,12 @@ def drawn(
     descr = 'DRAWN STAND-IN IMAGES, not Fashion-MNIST'
     return DatasetDict(train=to_dataset(*draw_garments(n_train, seed=0), descr),
                        test=to_dataset(*draw_garments(n_test, seed=1), descr))
+
+def is_drawn(
+    dd: Mapping # `datasets.DatasetDict`
+) -> bool:
+    "Is it the stand-in?"
+    return all(ds.info.description.startswith('DRAWN') for ds in dd.values())
 
 # %% ../nbs/01_datasets.ipynb #0e0c98f4
 def fashion_mnist(

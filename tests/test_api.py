@@ -143,7 +143,7 @@ assert def_device in ('cpu', 'cuda', 'mps', 'xpu')
 '''
     subprocess.run([sys.executable, '-c', code], check=True)
 
-@pytest.mark.parametrize('module', 'standin datasets training conv learner activations init sgd resnet augment accel dropout ddpm'.split())
+@pytest.mark.parametrize('module', 'standin datasets training conv learner activations init sgd resnet augment accel dropout uncertainty ddpm'.split())
 def test_star_import_of_each_module_defines_what_it_names(module):
     "api.md, behaviour 15"
     m = importlib.import_module(f'miniai.{module}')

@@ -29,6 +29,12 @@ def test_schedule_is_that_of_diffusers():
     for ours,theirs in [(s.β, ref.betas), (s.α, ref.alphas), (s.ᾱ, ref.alphas_cumprod), (s.σ, ref.betas.sqrt())]:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
+@pytest.mark.parametrize('n_steps', [1, 10, 1000])
+def test_cosine_schedule_is_that_of_diffusers(n_steps):
+    s,ref = Schedule.cosine(n_steps),DDPMScheduler(n_steps, beta_schedule='squaredcos_cap_v2')
+    for ours,theirs in [(s.β, ref.betas), (s.α, ref.alphas), (s.ᾱ, ref.alphas_cumprod)]: torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert len(s) == n_steps and s.β.max() <= .999
+
 @pytest.mark.parametrize('sz', [(4,1,32,32), (2,3,16,16), (1,1,8,8)])
 def test_noised_images_are_those_of_diffusers(sz):
     torch.manual_seed(0)
@@ -46,6 +52,50 @@ def test_a_whole_run_is_that_of_diffusers(seed, sz, dtype):
     ours = ddpm_sample(model, Schedule.linear(), sz, keep='last', generator=torch.Generator().manual_seed(seed))[-1]
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_whole_run_with_the_cosine_schedule_is_that_of_diffusers(seed):
+    sz,gen = (2,1,16,16),torch.Generator().manual_seed(seed)
+    model,ref = Wavy().double(),DDPMScheduler(1000, beta_schedule='squaredcos_cap_v2', variance_type='fixed_large', clip_sample=True)
+    ref.alphas_cumprod = ref.alphas_cumprod.double() # of the last steps 32 bits keep too little
+    x = torch.randn(sz, generator=gen, dtype=torch.float64)
+    with torch.no_grad():
+        for t in ref.timesteps: x = ref.step(model(x, t.expand(sz[0])), t, x, generator=gen).prev_sample
+    sched = Schedule(1-ref.alphas_cumprod/F.pad(ref.alphas_cumprod[:-1], (1, 0), value=1.)) # from the same numbers
+    ours = ddpm_sample(model, sched, sz, keep='last', generator=torch.Generator().manual_seed(seed))[-1]
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sched.β, Schedule.cosine(dtype=torch.float64).β, atol=1e-4, rtol=0)
+
+def test_one_step_back_is_that_of_diffusers():
+    ref,sched,x0 = reference(),Schedule.linear(),torch.randn(3,1,8,8)
+    model = Wavy()
+    steps = ddpm_steps(model, sched, x0.shape, generator=torch.Generator().manual_seed(5))
+    gen = torch.Generator().manual_seed(5)
+    x = torch.randn(x0.shape, generator=gen)
+    with torch.no_grad(): res = ref.step(model(x, torch.full((3,), 999)), 999, x, generator=gen)
+    t,ours,x̂_0 = next(steps)
+    torch.testing.assert_close(ours, res.prev_sample, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x̂_0, res.pred_original_sample, atol=1e-5, rtol=0)
+    assert t == 999
+
+def test_the_callback_takes_another_schedule():
+    sched = Schedule.cosine(50)
+    cb = DDPMCB(sched=sched)
+    x_t,t,ε = batch_of(cb, torch.rand(64,1,4,4)*2-1)
+    assert cb.n_steps == 50 and t.max() < 50 and cb.sched is sched
+    assert len(cb.sample(Wavy(), (1,1,4,4))) == 50
+
+def test_memory_does_not_grow_with_the_steps_where_only_the_last_is_kept():
+    import gc
+    class Counts(Wavy):
+        def forward(self, x, t):
+            if t[0] in (390, 10): held.append(sum(type(o) is torch.Tensor and o.shape == (2,1,7,9) for o in gc.get_objects()))
+            return super().forward(x, t)
+    for keep,grows in (('last', False), ('all', True)):
+        held = []
+        ddpm_sample(Counts(), Schedule.linear(400), (2,1,7,9), keep=keep)
+        early,late = held
+        assert (late-early > 300) if grows else late-early <= 2, held
 
 def test_exact_noise_samples_the_data():
     "The pixels' distribution is N(m, s²), the exact ε is known in closed form, so samples have to have that mean and spread"
@@ -79,6 +129,15 @@ def test_posterior_weights_go_where_they_should():
 def test_bad_schedules(bad, message):
     with pytest.raises(ValueError, match=message): DDPMCB(**bad)
 
+@pytest.mark.parametrize('bad,message', [(dict(n_steps=0), 'at least one step'), (dict(s=-.1), 'from 0 on'), (dict(s=math.nan), 'from 0 on'), (dict(s=math.inf), 'from 0 on'),
+                                         (dict(beta_max=1.), 'between 0 and 1'), (dict(beta_max=0.), 'between 0 and 1')])
+def test_bad_cosine_schedules(bad, message):
+    with pytest.raises(ValueError, match=message): Schedule.cosine(**bad)
+
+@pytest.mark.parametrize('β', [torch.zeros(0), torch.rand(2,2), torch.tensor([.1, math.nan]), torch.tensor([.1, 1.])])
+def test_bad_β(β):
+    with pytest.raises(ValueError, match='β'): Schedule(β)
+
 @pytest.mark.parametrize('x', [torch.zeros(4,1,8,8, dtype=torch.uint8), torch.zeros(4, 64), torch.zeros(4, 8, 8)])
 def test_batches_that_are_not_images(x):
     with pytest.raises(ValueError, match='needs images in floating point'): batch_of(DDPMCB(), x)
@@ -91,6 +150,14 @@ def test_sampling_restores_mode_and_grad_also_when_it_is_given_up():
         if i == 3: break
     import gc; gc.collect()
     assert model.training
+
+def test_sampling_leaves_parts_that_were_frozen_in_evaluation():
+    class Net(Wavy):
+        def __init__(self): super().__init__(); self.norm = nn.BatchNorm2d(1)
+    model = Net()
+    model.norm.eval()
+    ddpm_sample(model, Schedule.linear(3), (1,1,4,4))
+    assert model.training and not model.norm.training
 
 @pytest.mark.parametrize('keep,n', [('all', 20), ('last', 1), (5, 4), (20, 1)])
 def test_keep(keep, n):

@@ -1,11 +1,14 @@
-"Dropout against PyTorch's, by its properties, for all shapes and types"
-import math
+"Dropout against PyTorch's, by its properties, for all shapes and types; the classifier, its files and where they are looked for"
+import json, math
 
 import pytest, torch
 from torch import nn
 
+import miniai.augment, miniai.dropout
 from miniai.activations import set_seed
-from miniai.dropout import Dropout, Dropout2d
+from miniai.datasets import drawn, fashion_mnist, in_memory, is_drawn
+from miniai.dropout import Classifier, Dropout, Dropout2d, fit_classifier, load_classifier, save_classifier, trained_classifier
+from miniai.training import accuracy
 
 @pytest.mark.parametrize('ours,theirs,shape', [(Dropout, nn.Dropout, (50, 40)), (Dropout, nn.Dropout, (5, 20, 4, 5)), (Dropout2d, nn.Dropout2d, (40, 50, 3, 3))])
 @pytest.mark.parametrize('p', [.05, .5, .9])
@@ -45,3 +48,82 @@ def test_reproducible_and_new_each_time():
     x,drop = torch.ones(1000),Dropout(.5)
     set_seed(3); a,b = drop(x),drop(x)
     set_seed(3); assert torch.equal(a, drop(x)) and not torch.equal(a, b)
+
+SMALL = dict(nfs=(4, 8, 16), drop=.2)
+
+@pytest.fixture
+def dd(): return {k: ds.select(range(60)) for k,ds in drawn(60, 60).items()}
+
+def test_classifier_takes_images_of_other_sizes_and_counts_its_parameters():
+    model = Classifier(**SMALL).eval()
+    for size in (28, 32, 9): assert model(torch.rand(2, 1, size, size)).shape == (2, 10)
+    assert sum(p.numel() for p in Classifier().parameters()) == 1_760_852
+    assert type(model[:2]) is nn.Sequential and model[-1] is list(model)[-1]
+
+def test_weights_are_the_same_for_a_seed_and_differ_between_seeds(dd):
+    a,b,c = (fit_classifier(dd, seed, n_epochs=1, device='cpu', **SMALL).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a['0.convs.0.0.weight'], c['0.convs.0.0.weight'])
+
+def test_a_classifier_from_its_files_is_the_same(tmp_path):
+    set_seed(0)
+    model = Classifier(**SMALL).to(memory_format=torch.channels_last)
+    model(torch.rand(9, 1, 28, 28)) # statistics
+    save_classifier(model, tmp_path/'a'/'b', seed=3, note='to be found again')
+    again = load_classifier(tmp_path/'a'/'b')
+    assert again.config == model.config == dict(nfs=[4, 8, 16], drop=.2, drop2d=0.) and not again.training
+    for k,v in model.state_dict().items(): torch.testing.assert_close(again.state_dict()[k], v, rtol=1e-3, atol=1e-6)
+    assert json.loads((tmp_path/'a'/'b'/'config.json').read_text())['about'] == dict(seed=3, note='to be found again')
+    save_classifier(again, tmp_path/'second')
+    assert all(torch.equal(v, load_classifier(tmp_path/'second').state_dict()[k]) for k,v in again.state_dict().items()), 'nothing is lost a second time'
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    save_classifier(Classifier(**SMALL), tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    def full(*args): raise OSError('no space left')
+    monkeypatch.setattr(miniai.dropout, 'save_file', full)
+    with pytest.raises(OSError): save_classifier(Classifier((4, 8)), tmp_path)
+    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere has no config.json'): load_classifier(tmp_path/'nowhere')
+    save_classifier(Classifier(**SMALL), tmp_path)
+    weights = tmp_path/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match='model.safetensors'): load_classifier(tmp_path)
+    save_classifier(Classifier((4, 8)), tmp_path/'other')
+    weights.write_bytes((tmp_path/'other/model.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='model.safetensors'): load_classifier(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match='has no model.safetensors'): load_classifier(tmp_path)
+
+def test_a_classifier_that_is_missing_is_trained_and_kept(tmp_path, monkeypatch, dd):
+    calls = []
+    def fit(dd, seed, n_epochs, device, cbs):
+        calls.append(seed)
+        return fit_classifier(dd, seed, 1, device=device, **SMALL)
+    monkeypatch.setattr(miniai.dropout, 'fit_classifier', fit)
+    monkeypatch.setattr(miniai.dropout, 'is_drawn', lambda dd: False)
+    monkeypatch.setattr(miniai.dropout, 'fashion_mnist', lambda: dd)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    first,second = (trained_classifier(77, device='cpu') for _ in range(2))
+    x = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(first(x), second(x), atol=.05, rtol=.05)
+    assert calls == [77] and (tmp_path/'miniai/classifier-77/config.json').exists() and not second.training
+    trained_classifier(77, folder=tmp_path/'mine', device='cpu')
+    assert calls == [77, 77] and (tmp_path/'mine/model.safetensors').exists()
+
+def test_without_the_real_set_there_is_an_error_and_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniai.dropout, 'fashion_mnist', lambda: drawn(20, 20))
+    with pytest.raises(RuntimeError, match='not here'): trained_classifier(folder=tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+@pytest.mark.filterwarnings('ignore:Using DRAWN STAND-IN IMAGES')
+@pytest.mark.parametrize('seed', range(3))
+def test_the_classifiers_that_come_with_miniai(seed, monkeypatch):
+    monkeypatch.setattr(miniai.dropout, 'fit_classifier', None) # nothing is trained
+    model = trained_classifier(seed, device='cpu')
+    assert model.config == dict(nfs=[16, 32, 64, 128, 256, 512], drop=.1, drop2d=0.)
+    dd = fashion_mnist()
+    if is_drawn(dd): pytest.skip('only drawn images are here')
+    x,y = next(iter(in_memory({k: ds.select(range(2000)) for k,ds in dd.items()}, 1000).valid))
+    with torch.no_grad(): assert accuracy(model(x), y) > .92
