@@ -6,14 +6,14 @@
 __all__ = ['MCDropoutCB', 'is_dropout', 'TTD_CB', 'entropy', 'PassStats', 'mc_predict', 'reliability', 'fit_temperature',
            'risk_coverage']
 
-# %% ../nbs/11_test_time_dropout.ipynb #cf9deca9
-import math, warnings
+# %% ../nbs/11_test_time_dropout.ipynb #31fe189a
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .augment import CapturePreds
+import miniai.augment # gives learners capture_preds
 from .learner import Callback, Learner, cb_list
 
 # %% ../nbs/11_test_time_dropout.ipynb #9325a0b3
