@@ -57,7 +57,7 @@ class Dropout2d(Dropout):
         if x.ndim not in (3, 4): raise ValueError(f'Dropout2d takes (n, c, h, w) or (c, h, w), not shape {tuple(x.shape)}')
         return x*_keep(x, self.p, (*x.shape[:-2], 1, 1)) if self.training and self.p else x
 
-# %% ../nbs/10_dropout.ipynb #06fd4e57
+# %% ../nbs/10_dropout.ipynb #46cdbf31
 class Classifier(nn.Sequential):
     "A residual network for ten kinds of clothes: images (n, 1, h, w) in [0, 1] to scores (n, 10)"
     def __init__(self,
@@ -73,6 +73,7 @@ class Classifier(nn.Sequential):
         self.config = dict(nfs=list(nfs), drop=drop, drop2d=drop2d)
         self.apply(partial(init_weights, leaky=0.1))
 
+    # a slice would be another Classifier, but is only some of its layers
     def __getitem__(self, i): return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
     def features(self, x: torch.Tensor) -> torch.Tensor: return self[:-3](x) # (n, 1, h, w) → (n, nfs[-1]), before dropout
 
@@ -126,12 +127,12 @@ def load_classifier(
     except (SafetensorError, RuntimeError) as e: raise ValueError(f"{folder/'model.safetensors'} is damaged, or not of this classifier: {e}") from e
     return model
 
-# %% ../nbs/10_dropout.ipynb #6dc989ad
+# %% ../nbs/10_dropout.ipynb #2ba6f9f0
 def trained_classifier(
     seed: int=0, # 0 to 2 come with miniai; others are trained when they are first asked for
     dd: Mapping=None, # the images at hand: for the stand-in, a classifier of that is trained, and not kept
     folder: str|Path=None, # where to look for it, and to keep it; miniai's own and `cache_dir()` if `None`
-    n_epochs: int=5, # if it has to be trained
+    n_epochs: int=5, # if it has to be trained; the cache keeps only what had five, of all images
     device=def_device
 ) -> Classifier: # in evaluation mode
     "A classifier with dropout 0.1 that is right about 93.6 % of the test images of Fashion-MNIST"
@@ -139,8 +140,9 @@ def trained_classifier(
     folders = [Path(folder)] if folder else [files('miniai')/f'weights/classifier-{seed}', cache_dir()/f'classifier-{seed}']
     for path in folders:
         if (path/'config.json').exists(): return load_classifier(path).to(device)
+    whole = dd is None or len(next(iter(dd.values()))) == 60_000
     dd = fashion_mnist() if dd is None else dd
     if is_drawn(dd): raise RuntimeError('the real Fashion-MNIST is not here, see fashion_mnist; with trained_classifier(dd=dd) you get a classifier of the stand-in')
     learn = fit_classifier(dd, seed, n_epochs, device=device, cbs=ProgressCB())
-    save_classifier(learn.model, folders[-1], seed=seed, n_epochs=n_epochs)
+    if folder or whole and n_epochs == 5: save_classifier(learn.model, folders[-1], seed=seed, n_epochs=n_epochs)
     return learn.model.eval()

@@ -368,17 +368,17 @@ def _some(dl, training):
     except StopIteration: raise ValueError(_empty(training)) from None
     yield from dl
 
-# %% ../nbs/04_learner.ipynb #6933639d
+# %% ../nbs/04_learner.ipynb #dde9bf8e
 class ProgressCB(Callback):
     "Progress bars and a table of metrics, and with `plot` a live curve of the loss in a notebook; text elsewhere"
     order = MetricsCB.order+1
-    plot_every = 1. # seconds between two drawings of the curve
+    plot_every = 1. # seconds between two drawings of the curve, or more: a twentieth of the time is enough for them
     def __init__(self, plot: bool=False): self.plot = plot
 
     def before_fit(self, learn):
         from fastprogress.fastprogress import master_bar
         learn.epochs = self.mbar = master_bar(learn.epochs)
-        self.first,self.drawn = True,time.monotonic()
+        self.first,self.next = True,time.monotonic()+self.plot_every
         self.losses,self.val_losses,self.val_steps,self._new = [],[],[],[]
         if hasattr(learn, 'metrics'): learn.metrics._log = self._log
 
@@ -397,7 +397,7 @@ class ProgressCB(Callback):
     def after_batch(self, learn):
         if not (self.plot and learn.training): return
         self._new.append(learn.loss.detach())
-        if time.monotonic()-self.drawn > self.plot_every: self._draw()
+        if time.monotonic() > self.next: self._draw()
 
     def after_epoch(self, learn):
         if not self.plot: return
@@ -412,12 +412,14 @@ class ProgressCB(Callback):
         self._new = []
 
     def _draw(self):
+        start = time.monotonic()
         self._gather()
         if self.losses: self.mbar.update_graph([[range(len(self.losses)), self.losses], [self.val_steps, self.val_losses]])
         if hasattr(self.mbar, 'graph_out'): # fastprogress draws curves without names for the axes
             self.mbar.graph_ax.set(xlabel='step', ylabel='loss')
             self.mbar.graph_out.update(self.mbar.graph_fig)
-        self.drawn = time.monotonic()
+        now = time.monotonic()
+        self.next = now + max(self.plot_every, 20*(now-start))
 
     def cleanup_fit(self, learn):
         bar = getattr(self, 'mbar', None)
