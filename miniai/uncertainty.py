@@ -110,7 +110,7 @@ def mc_predict(
         if keep: passes.append(probs)
     return (stats, targs, torch.stack(passes)) if keep else (stats, targs)
 
-# %% ../nbs/11_test_time_dropout.ipynb #87f7af61
+# %% ../nbs/11_test_time_dropout.ipynb #d8d4c76e
 def reliability(
     probs: torch.Tensor, # (n, classes)
     targs: torch.Tensor, # (n,), the right classes
@@ -122,10 +122,11 @@ def reliability(
     conf,preds = probs.max(1)
     right = (preds == targs).to(conf)
     bins = (conf*n_bins).ceil().long().clamp(1, n_bins) - 1 # each bin with its upper end
-    n,sums,hits = (torch.zeros(n_bins, dtype=conf.dtype, device=conf.device).index_add(0, bins, o) for o in (torch.ones_like(conf), conf, right))
+    def total(o): return o.new_zeros(n_bins).index_add(0, bins, o) # in each bin
+    n,sums,hits = total(torch.ones_like(conf)),total(conf),total(right)
     return sums/n, hits/n, n/len(conf)
 
-# %% ../nbs/11_test_time_dropout.ipynb #a7890746
+# %% ../nbs/11_test_time_dropout.ipynb #bc6813c4
 def fit_temperature(
     scores: torch.Tensor, # (n, classes), before softmax, for inputs that were not trained on
     targs: torch.Tensor # (n,), the right classes
@@ -136,7 +137,7 @@ def fit_temperature(
     scores,targs = scores.detach().double().cpu(),targs.cpu()
     if (scores.argmax(1) == targs).all(): raise ValueError('all answers are right, so the smaller T the better: there is no best one')
     if scores.gather(1, targs[:,None]).mean() <= scores.mean(): raise ValueError('the scores are no better than chance, so the larger T the better')
-    log_T = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    log_T = torch.zeros((), dtype=torch.float64, requires_grad=True) # of the logarithm any value will do, and T stays positive
     opt = torch.optim.LBFGS([log_T], max_iter=100, tolerance_grad=1e-9, line_search_fn='strong_wolfe')
     def loss():
         opt.zero_grad()
