@@ -1,8 +1,9 @@
 "Tests never ask the network, and never open a window"
-import os
+import os, signal
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ['MPLBACKEND'] = 'agg'
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts pytest in the background lets it ignore Ctrl-C, which is tested
 
 import pytest, torch
 from torch import nn
