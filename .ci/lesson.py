@@ -87,7 +87,8 @@ def main():
     OUT.mkdir(exist_ok=True)
     os.environ.update(MINIAI_OUT=str(OUT), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
     # glibc gives large blocks back to the system in each training step and asks for them again in the next: keep them, which saves a CPU a tenth of the time
-    for k in ('MMAP_THRESHOLD', 'TRIM_THRESHOLD', 'TOP_PAD'): os.environ.setdefault(f'MALLOC_{k}_', str(1 << 28 if k == 'TOP_PAD' else 1 << 32))
+    keep = dict(MALLOC_MMAP_THRESHOLD_=1 << 32, MALLOC_TRIM_THRESHOLD_=1 << 32, MALLOC_TOP_PAD_=1 << 28)
+    for k,v in keep.items(): os.environ.setdefault(k, str(v))
     start,problem = time.time(),None
     for p in paths:
         print(f'miniai: running {p.relative_to(ROOT)}', flush=True)
