@@ -107,7 +107,20 @@ def posterior_coefs(
     coefs = ᾱ_prev.sqrt()*β/(1-ᾱ), α.sqrt()*(1-ᾱ_prev)/(1-ᾱ)
     return tuple(c.to(sched.β) for c in coefs)
 
-# %% ../nbs/12_ddpm.ipynb #ac3d5bfa
+# %% ../nbs/12_ddpm.ipynb #bf44d27b
+def _noise_and_ask(model, sz, generator):
+    "Functions that draw noise and that ask `model`, for a walk to images of size `sz`"
+    if len(sz) != 4: raise ValueError(f'sz must be (n, channels, h, w), not {tuple(sz)}')
+    p = next(model.parameters(), torch.empty(0))
+    draw = generator.device if generator is not None else p.device
+    def noise(): return torch.randn(sz, generator=generator, device=draw, dtype=p.dtype).to(p.device)
+    def ask(x, t):
+        ε = _out(model(x, torch.full((len(x),), t, device=x.device)))
+        if ε.shape != x.shape: raise ValueError(f'the model returned shape {tuple(ε.shape)} for images of shape {tuple(x.shape)}')
+        return ε
+    return noise,ask
+
+# %% ../nbs/12_ddpm.ipynb #2b191002
 def ddpm_steps(
     model: nn.Module, # (x_t, t) → predicted noise, or an object that has it as `sample`
     sched: Schedule,
@@ -116,19 +129,15 @@ def ddpm_steps(
     clip: bool=True # keep x̂_0 in [-1, 1]?
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]: # t, x_{t-1}, x̂_0
     "Walk from noise to images (DDPM, algorithm 2), step by step. The model is in eval mode on the way and restored at the end"
-    if len(sz) != 4: raise ValueError(f'sz must be (n, channels, h, w), not {tuple(sz)}')
-    p = next(model.parameters(), torch.empty(0))
-    draw = generator.device if generator is not None else p.device
-    def noise(): return torch.randn(sz, generator=generator, device=draw, dtype=p.dtype).to(p.device)
-    sched = sched.to(p.device)
+    noise,ask = _noise_and_ask(model, sz, generator)
+    x = noise()
+    sched = sched.to(x.device)
     c0,ct = posterior_coefs(sched)
     with mode_kept(model):
         model.eval()
-        x = noise()
         for t in reversed(range(len(sched))):
             with torch.no_grad():
-                ε = _out(model(x, torch.full((len(x),), t, device=p.device)))
-                if ε.shape != x.shape: raise ValueError(f'the model returned shape {tuple(ε.shape)} for images of shape {tuple(x.shape)}')
+                ε = ask(x, t)
                 x̂_0 = (x - (1-sched.ᾱ[t]).sqrt()*ε) / sched.ᾱ[t].sqrt()
                 if clip: x̂_0 = x̂_0.clamp(-1, 1)
                 x = c0[t]*x̂_0 + ct[t]*x
@@ -152,7 +161,7 @@ def ddpm_sample(
         steps = progress_bar(steps, total=len(sched))
     return [x.cpu() for t,x,_ in steps if t % every == 0]
 
-# %% ../nbs/12_ddpm.ipynb #dc1fecff
+# %% ../nbs/12_ddpm.ipynb #bff9c1b7
 class SpaceToDepth(nn.Module):
     "Run `unet` on images folded so that each r×r block is one pixel of r² channels, and unfold what it returns"
     def __init__(self,
@@ -163,9 +172,10 @@ class SpaceToDepth(nn.Module):
         self.unet,self.r = unet,r
 
     def forward(self,
-        x: torch.Tensor, # (n, c, h, w), h and w multiples of r
-        t: torch.Tensor # (n,)
+        x: torch.Tensor|tuple, # (n, c, h, w), h and w multiples of r; or this and t together
+        t: torch.Tensor=None # (n,)
     ) -> torch.Tensor: # like x
+        x,t = x if t is None else (x, t)
         if x.shape[-2] % self.r or x.shape[-1] % self.r:
             raise ValueError(f'images of {x.shape[-2]}×{x.shape[-1]} cannot be folded by {self.r}: pad them to a multiple of it')
         return F.pixel_shuffle(_out(self.unet(F.pixel_unshuffle(x, self.r), t)), self.r)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .learner import Callback, to_cpu
 
-# %% ../nbs/07_sgd.ipynb #8c12e741
+# %% ../nbs/07_sgd.ipynb #c4c95b9a
 class BaseSchedCB(Callback):
     "Makes a scheduler for the fit's optimizer; subclasses say when it steps"
     def __init__(self,
@@ -28,10 +28,14 @@ class BaseSchedCB(Callback):
     def _step(self, learn):
         if learn.training: self.schedo.step()
 
-# %% ../nbs/07_sgd.ipynb #cc8fc01a
+    def state_dict(self) -> dict: return self.schedo.state_dict()
+    def load_state_dict(self, state: dict) -> None: self.schedo.load_state_dict(state)
+
+# %% ../nbs/07_sgd.ipynb #64ce3c78
 class BatchSchedCB(BaseSchedCB):
-    "Step the scheduler after each training batch"
-    def after_batch(self, learn): self._step(learn)
+    "Step the scheduler after each training batch in which the optimizer stepped"
+    def after_batch(self, learn):
+        if learn.training and learn.stepped: self._step(learn)
 
 # %% ../nbs/07_sgd.ipynb #03c048c7
 class EpochSchedCB(BaseSchedCB):

@@ -1,0 +1,211 @@
+"Mixed precision, accumulation, averages, several processes, and fits that go on"
+import copy, os, subprocess, sys
+from functools import partial
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset
+
+from miniai.accel import AccelerateCB, CheckpointCB, EMACB, GradAccumCB, GradClipCB, MixedPrecision
+from miniai.activations import set_seed
+from miniai.datasets import DataLoaders, TensorLoader
+from miniai.learner import Callback, DeviceCB, Learner, TrainCB
+from miniai.sgd import BatchSchedCB
+
+pytestmark = pytest.mark.filterwarnings('ignore:mixed precision is meant')
+
+SCRIPT = """
+import sys, torch, torch.nn.functional as F
+from pathlib import Path
+from accelerate import notebook_launcher
+from torch import nn
+from miniai.activations import set_seed
+from miniai.accel import AccelerateCB, CheckpointCB
+from miniai.datasets import DataLoaders, TensorLoader
+from miniai.learner import Callback, Learner, MetricsCB, ProgressCB
+from miniai.training import accuracy
+
+class Losses(Callback):
+    order = MetricsCB.order+5
+    def after_epoch(self, learn): lines.append(repr(learn.metrics.all_metrics['loss'].compute().item()))
+
+class Seen(Callback):
+    def before_batch(self, learn):
+        if learn.training: seen.extend(learn.batch[0][:,0].tolist())
+
+lines,seen,folder = [],[],Path(sys.argv[2])
+def train():
+    set_seed(1)
+    x,model = torch.randn(100, 20),nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+    y = (x[:,0] > 0).long() + (x[:,1] > 0)
+    dls = DataLoaders(TensorLoader(x, y, bs=17, shuffle='shuffle' in sys.argv), TensorLoader(x, y, bs=35))
+    cbs = [AccelerateCB(mixed_precision='no'), MetricsCB(accuracy=accuracy), ProgressCB(), Losses(), Seen(), CheckpointCB(folder/'checkpoints')]
+    learn = Learner(model, dls, F.cross_entropy, .1, cbs)
+    learn.fit(3)
+    assert learn.model is model and learn.dls is dls and len(learn.cbs) == len(cbs)
+    lines.append(repr(torch.cat([p.flatten() for p in model.parameters()]).tolist()))
+    rank = cbs[0].acc.process_index
+    (folder/f'{rank}.txt').write_text('\\n'.join(lines))
+    torch.save((x, torch.tensor(seen)), folder/f'{rank}.pt')
+
+notebook_launcher(train, num_processes=int(sys.argv[1]))
+"""
+
+def launch(n, folder, *args):
+    folder.mkdir()
+    (script := folder/'fit.py').write_text(SCRIPT)
+    res = subprocess.run([sys.executable, str(script), str(n), str(folder), *args], capture_output=True, text=True,
+                         env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
+    assert res.returncode == 0, res.stderr[-3000:]
+    return res.stdout
+
+def numbers(folder, rank): return [torch.tensor(eval(line)) for line in (folder/f'{rank}.txt').read_text().splitlines()]
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    outs = {n: launch(n, tmp_path/str(n)) for n in (1, 2)}
+    alone,*both = numbers(tmp_path/'1', 0),numbers(tmp_path/'2', 0),numbers(tmp_path/'2', 1)
+    for together in both:
+        for a,b in zip(alone, together, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for out in outs.values(): assert out.count('accuracy') == 1, 'one table'
+    assert len(list((tmp_path/'2'/'checkpoints').glob('step-*'))) == 3
+
+def test_two_processes_share_every_batch_of_a_shuffled_set(tmp_path):
+    launch(2, tmp_path/'2', 'shuffle')
+    (x,a),(_,b) = [torch.load(tmp_path/'2'/f'{rank}.pt') for rank in (0, 1)]
+    assert abs(len(a)-len(b)) <= 3*6 and len(a)+len(b) == 3*len(x)
+    for epoch in range(3):
+        seen = torch.cat([o[epoch*len(o)//3:(epoch+1)*len(o)//3] for o in (a, b)])
+        assert torch.equal(seen.sort()[0], x[:,0].sort()[0]), 'each item once an epoch'
+    assert not torch.equal(a[:9], a[len(a)//3:][:9])
+
+class Oops(Callback):
+    def __init__(self, training): self.training = training
+    def after_predict(self, learn):
+        if learn.training == self.training: raise RuntimeError('oops')
+
+@pytest.mark.parametrize('training', [True, False])
+def test_an_error_leaves_autocast_and_the_learner_as_they_were(model, dls, training):
+    cbs = [MixedPrecision(), Oops(training)]
+    with pytest.raises(RuntimeError, match='oops'): Learner(model, dls, cbs=cbs).fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+    learn = Learner(model, dls, cbs=[AccelerateCB(mixed_precision='no'), Oops(training)])
+    with pytest.raises(RuntimeError, match='oops'): learn.fit(1)
+    assert learn.model is model and learn.dls is dls and len(learn.cbs) == 2
+
+def test_accelerate_and_a_device_elsewhere(model, dls):
+    class Elsewhere(DeviceCB):
+        def before_fit(self, learn): pass
+    learn = Learner(model, dls, cbs=[AccelerateCB(mixed_precision='no'), Elsewhere('meta')])
+    with pytest.raises(ValueError, match='leave DeviceCB out'): learn.fit(1)
+    assert learn.model is model and learn.dls is dls
+
+@pytest.mark.parametrize('cb', [TrainCB, partial(MixedPrecision, dtype=torch.float16), partial(AccelerateCB, mixed_precision='no')])
+def test_clipping_and_accumulation_go_with_every_engine(model, dls, cb):
+    class Steps(Callback):
+        n = 0
+        def after_step(self, learn): self.n += learn.stepped
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    cbs = [cb(), GradClipCB(1e-3), GradAccumCB(3), steps := Steps()]
+    Learner(model, DataLoaders(dls.train[:3], []), lr=1., cbs=cbs).fit(20, valid=False) # float16 begins with a scale that overflows
+    end = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert 1 <= steps.n <= 20 and (steps.n == 20 or cb is not TrainCB)
+    torch.testing.assert_close((end-start).norm(), torch.tensor(1e-3*steps.n), atol=1e-6, rtol=1e-2)
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 7, 50])
+def test_accumulation_is_one_large_batch(model, dls, n):
+    "Eleven batches, the last smaller: groups of n, and what is left"
+    other,big = copy.deepcopy(model),[]
+    for i in range(0, len(dls.train), n): big.append(tuple(torch.cat(o) for o in zip(*dls.train[i:i+n])))
+    Learner(model, dls, cbs=[TrainCB(), GradAccumCB(n)], lr=.01).fit(2, valid=False)
+    Learner(other, DataLoaders(big, []), cbs=TrainCB(), lr=.01).fit(2, valid=False)
+    for a,b in zip(model.parameters(), other.parameters()): torch.testing.assert_close(a, b)
+
+def test_the_loss_that_is_shown_is_not_scaled(model, dls):
+    losses = []
+    class Look(Callback):
+        def after_batch(self, learn): losses.append(learn.loss.item())
+    Learner(model, dls, lr=0., cbs=[TrainCB(), GradAccumCB(4), Look()]).fit(1)
+    for (x,y),loss in zip([*dls.train, *dls.valid], losses): assert loss == pytest.approx(F.mse_loss(model(x), y).item(), rel=1e-5)
+
+def test_averages_copy_the_statistics_of_batchnorm(dls):
+    model,ema = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)),EMACB(.5)
+    Learner(model, dls, cbs=[TrainCB(), ema]).fit(2)
+    for k in ('1.running_mean', '1.running_var', '1.num_batches_tracked'): assert torch.equal(ema.avg[k], model.state_dict()[k])
+    assert not torch.equal(ema.avg['0.weight'], model[0].weight)
+
+def net():
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 1))
+
+class PowerCut(Callback):
+    order = CheckpointCB.order+1
+    def __init__(self, after): self.after = after
+    def after_batch(self, learn):
+        self.after -= learn.training
+        if not self.after: raise KeyboardInterrupt
+
+def tensor_loader(x, y): return TensorLoader(x, y, bs=8, shuffle=True)
+def torch_loader(x, y): return DataLoader(TensorDataset(x, y), 8, shuffle=True)
+
+def fit(*cbs, loader=tensor_loader, seed=0, engine=TrainCB, n=3):
+    set_seed(0)
+    x,model = torch.randn(50, 4),net()
+    dls = DataLoaders(loader(x, x.sum(1, keepdim=True)), loader(x, x.sum(1, keepdim=True)))
+    sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=.01, total_steps=21))
+    learn = Learner(model, dls, F.mse_loss, .01, [engine(), sched, EMACB(.9), *cbs], optim.AdamW)
+    set_seed(seed)
+    try: learn.fit(n)
+    except KeyboardInterrupt: pass
+    return torch.cat([o.float().flatten() for o in model.state_dict().values()])
+
+@pytest.mark.parametrize('loader', [tensor_loader, torch_loader])
+@pytest.mark.parametrize('engine', [TrainCB, partial(MixedPrecision, dtype=torch.float16), partial(AccelerateCB, mixed_precision='no')])
+@pytest.mark.parametrize('after', [3, 5, 7, 10, 14])
+def test_a_resumed_fit_ends_as_if_nothing_had_been(tmp_path, loader, engine, after):
+    whole = fit(loader=loader, engine=engine)
+    cut = fit(CheckpointCB(tmp_path, every=1), PowerCut(after), loader=loader, engine=engine)
+    assert not torch.equal(cut, whole)
+    assert torch.equal(fit(CheckpointCB(tmp_path, every=1, resume=True), loader=loader, engine=engine, seed=1), whole)
+    assert torch.equal(fit(CheckpointCB(tmp_path, every=1, resume=True), loader=loader, engine=engine, seed=2), whole), 'nothing is left to do'
+
+def test_watching_does_not_change_the_fit(tmp_path): assert torch.equal(fit(CheckpointCB(tmp_path, every=2)), fit())
+
+def test_a_fit_that_is_interrupted_while_it_writes(tmp_path, monkeypatch):
+    whole = fit()
+    fit(CheckpointCB(tmp_path, every=3), PowerCut(5))
+    real = torch.save
+    def interrupted(obj, path, **kw):
+        path.write_bytes(b'half')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', interrupted)
+    fit(CheckpointCB(tmp_path, every=1, resume=True))
+    monkeypatch.setattr(torch, 'save', real)
+    assert [p.name for p in tmp_path.glob('step-*')] == ['step-000000003']
+    assert torch.equal(fit(CheckpointCB(tmp_path, resume=True)), whole)
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'rest.pt', 'checksums.json'])
+@pytest.mark.parametrize('damage', [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-3]), lambda p: p.write_bytes(b'')])
+def test_damaged_files_are_passed_over(tmp_path, name, damage):
+    whole = fit()
+    fit(CheckpointCB(tmp_path, every=2), PowerCut(6))
+    damage(max(tmp_path.glob('step-*'))/name)
+    with pytest.warns(UserWarning, match='step-000000006 is damaged'): assert torch.equal(fit(CheckpointCB(tmp_path, resume=True)), whole)
+
+def test_the_last_k_are_kept(tmp_path):
+    fit(CheckpointCB(tmp_path, every=2, keep=2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['step-000000020', 'step-000000021']
+
+def test_other_callbacks_and_other_fits(tmp_path):
+    fit(CheckpointCB(tmp_path))
+    with pytest.raises(ValueError, match='checkpoints of another fit'): fit(CheckpointCB(tmp_path))
+    with pytest.raises(ValueError, match='has the callbacks'): fit(EMACB(), CheckpointCB(tmp_path, resume=True))
+    cb = CheckpointCB(tmp_path)
+    Learner(net(), DataLoaders([], [(torch.randn(3, 4), torch.randn(3, 1))]), cbs=[TrainCB(), cb]).fit(1, train=False) # evaluation touches nothing
+    for bad in (dict(keep=0), dict(every=0)):
+        with pytest.raises(ValueError, match='at least 1'): CheckpointCB(tmp_path, **bad)
+
+def test_no_checkpoint_within_a_group(tmp_path):
+    whole = fit(GradAccumCB(3))
+    fit(GradAccumCB(3), CheckpointCB(tmp_path, every=2, keep=9), PowerCut(13))
+    assert [int(p.name[5:]) for p in sorted(tmp_path.iterdir())] == [3, 6, 7, 10, 13]
+    assert torch.equal(fit(GradAccumCB(3), CheckpointCB(tmp_path, resume=True), seed=1), whole)
