@@ -1,0 +1,224 @@
+"""From the lesson's first DDPM to the fast one, a lever a rung: what each buys, alone and on top of those before it.
+
+    python tests/bench/ladder.py            # measure (about 75 minutes on two cores), then write the table and the chart
+    python tests/bench/ladder.py --show     # only write them again, from what was measured
+
+Every recipe trains for the same time, with a OneCycle schedule of as many steps as fit into it. It is judged by the mean
+squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
+own schedule and target are; padding does not count. Where sampling takes less than two minutes, also by the Fréchet
+distance between what the classifier of 10_dropout sees in 1,000 samples (DDIM, 25 steps) and in the test images: lower
+is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png.
+"""
+import argparse, json, os, platform, time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np, torch
+import torch.nn.functional as F
+from torch import optim
+
+from miniai.accel import EMACB, MixedPrecision
+from miniai.activations import set_seed
+from miniai.conv import def_device
+from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
+from miniai.ddpm import Schedule, SpaceToDepth
+from miniai.dropout import trained_classifier
+from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm
+from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, TrainCB
+from miniai.sgd import BatchSchedCB
+
+HERE = Path(__file__).parent
+LINEAR = Schedule.linear()
+
+@dataclass(frozen=True)
+class Recipe:
+    "The lesson's first one"
+    chans: tuple = (32, 64, 128, 128)
+    layers: int = 2
+    groups: int = 32
+    attention: bool = True # at every size but the largest; else only in the middle
+    fold: int = 1
+    size: int = 32
+    memory: bool = False # images as one tensor, instead of row by row
+    init: bool = False
+    lr: float = 4e-3
+    eps: float = 1e-8
+    channels_last: bool = False
+    fused: bool = False
+    cosine_v: bool = False
+    ema: bool = False
+    mixed: bool = False
+    compiled: bool = False
+    batch: int = 128
+
+RUNGS = { # in the order in which they are added up
+    'images in memory': dict(memory=True),
+    'half the channels': dict(chans=(16, 32, 64, 128), groups=8),
+    'zeros at the start': dict(init=True),
+    'Adam eps 1e-5, lr 5e-3': dict(eps=1e-5, lr=5e-3),
+    'attention only in the middle': dict(attention=False),
+    'one block a size': dict(layers=1),
+    'fold 2×2': dict(fold=2),
+    'three sizes': dict(chans=(16, 32, 64), groups=8),
+    'channels last': dict(channels_last=True),
+    'fused Adam': dict(fused=True),
+    'cosine schedule, v': dict(cosine_v=True),
+    'averaged weights': dict(ema=True),
+}
+UNUSED = { # measured, and left out of the sum
+    '28×28, no padding': dict(size=28, fold=2, chans=(16, 32), groups=8),
+    'mixed precision': dict(mixed=True),
+    'torch.compile': dict(compiled=True),
+}
+
+def loaders(r):
+    pad = (r.size-28)//2
+    dd = fashion_mnist()
+    if r.memory: return in_memory(dd, r.batch, device=def_device, x_tfm=partial(to_float, pad=pad, lo=-1))
+    @inplace
+    def transform(b): b['image'] = [F.pad(torch.from_numpy(np.array(o))[None].float()/127.5-1, [pad]*4, value=-1.) for o in b['image']]
+    return DataLoaders.from_dd(dd.with_transform(transform), r.batch)
+
+def net(r):
+    n,c = len(r.chans),r.fold**2
+    down,up = (('DownBlock2D',)+('AttnDownBlock2D',)*(n-1), ('AttnUpBlock2D',)*(n-1)+('UpBlock2D',)) if r.attention else (('DownBlock2D',)*n, ('UpBlock2D',)*n)
+    unet = UNet(in_channels=c, out_channels=c, block_out_channels=r.chans, layers_per_block=r.layers, norm_num_groups=r.groups,
+                down_block_types=down, up_block_types=up)
+    if r.init: init_ddpm(unet)
+    model = SpaceToDepth(unet, r.fold) if r.fold > 1 else unet
+    return model.to(memory_format=torch.channels_last) if r.channels_last else model
+
+class Clock(Callback):
+    "Seconds of each training step, and the end of the fit after `steps` of them"
+    order = 90
+    def __init__(self, steps): self.steps = steps
+    def before_fit(self, learn): self.secs,self.last = [],time.perf_counter()
+    def after_batch(self, learn):
+        if not learn.training: return
+        if def_device == 'cuda': torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.secs.append(now-self.last)
+        self.last = now
+        if len(self.secs) >= self.steps: raise CancelFitException
+    @property
+    def step(self): return sorted(self.secs[len(self.secs)//4:])[len(self.secs[len(self.secs)//4:])//2]
+
+def train(r, steps, dls, extra=(), seed=0):
+    "A learner after `steps` steps, its clock and averages"
+    set_seed(seed)
+    model = net(r)
+    ddpm = VPredCB(Schedule.cosine()) if r.cosine_v else DDPMCB()
+    sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
+    clock,ema = Clock(steps),EMACB(.998) if r.ema else None
+    cbs = [MixedPrecision() if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([ema] if ema else []), *extra]
+    opt = partial(optim.Adam, eps=r.eps, fused=r.fused)
+    learn = Learner(torch.compile(model) if r.compiled else model, dls, F.mse_loss, r.lr, cbs, opt)
+    learn.fit(-(-steps//len(dls.train)), valid=False)
+    return learn,model,ddpm,clock,ema
+
+def inner(x, size): return x[..., 2:-2, 2:-2] if size == 32 else x
+
+@torch.no_grad()
+def noise_error(r, model, ddpm, dls):
+    "Mean squared error of the predicted noise in 512 test images, one for each of 512 noise levels of the linear schedule"
+    x0 = torch.cat([b[0] for b,_ in zip(dls.valid, range(4))])[:512].to(def_device)
+    gen = torch.Generator().manual_seed(1)
+    ε,levels = torch.randn(x0.shape, generator=gen).to(x0),LINEAR.ᾱ[torch.linspace(0, 999, len(x0)).round().long()]
+    t = (ddpm.sched.ᾱ.cpu()[None]-levels[:,None]).abs().argmin(1).to(def_device)
+    a = ddpm.sched.ᾱ.to(def_device)[t].view(-1, 1, 1, 1)
+    x_t,asks = a.sqrt()*x0 + (1-a).sqrt()*ε,NoiseFromV(model, ddpm.sched) if r.cosine_v else model
+    model.eval()
+    preds = torch.cat([asks(x, s) for x,s in zip(x_t.split(64), t.split(64))])
+    return F.mse_loss(inner(preds, r.size), inner(ε, r.size)).item()
+
+class Judge:
+    "Fréchet distance between features of the classifier: of samples, and of the test images"
+    def __init__(self):
+        self.clf = trained_classifier(device=def_device)
+        test = in_memory(fashion_mnist(), 1000, device=def_device).valid
+        self.real = self.stats(torch.cat([b[0] for b in test]))
+
+    @torch.no_grad()
+    def stats(self, images): # in [0, 1], 28×28
+        feats = torch.cat([self.clf.features(x) for x in images.split(500)]).double().cpu()
+        return feats.mean(0),torch.cov(feats.T)
+
+    def __call__(self, samples, size):
+        (m,c),(n,d) = self.stats(inner(samples, size).clamp(-1, 1)/2+.5),self.real
+        roots = torch.linalg.eigvals(c@d).real.clamp(min=0).sqrt()
+        return ((m-n)**2).sum().item() + (c.trace()+d.trace()-2*roots.sum()).item()
+
+def measure(name, r, seconds, judge, keep=None):
+    "Train `r` for so many seconds, and judge it"
+    dls = loaders(r)
+    step = train(r, 4, dls)[3].step
+    steps = max(4, int(seconds/step))
+    learn,model,ddpm,clock,ema = train(r, steps, dls)
+    if ema: ema._swap(model) # for good
+    res = dict(name=name, step=clock.step, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
+               parameters=sum(p.numel() for p in model.parameters()))
+    n,sz = 1000,(250, 1, r.size, r.size)
+    start = time.perf_counter()
+    ddpm.sample(model, (50, *sz[1:]), 2)
+    if 25*n/100*(time.perf_counter()-start) < 120:
+        gen = torch.Generator().manual_seed(0)
+        res['distance'] = judge(torch.cat([ddpm.sample(model, sz, 25, generator=gen) for _ in range(n//sz[0])]), r.size)
+    print(' | '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in res.items()), flush=True)
+    return res
+
+def machine():
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
+    gpu = f', {torch.cuda.get_device_name()}' if def_device == 'cuda' else ''
+    return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}'
+
+def table(res):
+    "Markdown"
+    def cells(o): return f"{o['step']:.2f} | {o['error']:.3f} | {o['distance']:.0f}" if o and 'distance' in o else f"{o['step']:.2f} | {o['error']:.3f} | " if o else ' | | '
+    rows = ['| | alone: s a step | error | | in sum: s a step | error | distance |', '|---|--:|--:|--|--:|--:|--:|']
+    for nm in ["the lesson's first recipe", *RUNGS, *UNUSED]:
+        a,s = (res[k].get(nm) for k in ('alone', 'sum'))
+        alone = f"{a['step']:.2f} | {a['error']:.3f}" if a else ' | '
+        rows.append(f"| {nm} | {alone} | | {cells(s)} |")
+    return '\n'.join(rows)
+
+def chart(res, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    names = ["the lesson's first recipe", *RUNGS]
+    fig,axs = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
+    for ax,key,title in zip(axs, ('step', 'error', 'distance'), ('seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'Fréchet distance of 1,000 samples')):
+        for kind,color,shift in (('alone', 'C7', -.2), ('sum', 'C0', .2)):
+            for i,nm in enumerate(names):
+                v = res[kind].get(nm, {}).get(key)
+                if v is not None: ax.barh(i+shift, v, .4, color=color, label=kind if i == 1 else None); ax.text(v, i+shift, f' {v:.3g}', va='center', size=7)
+        ax.set_title(title, size=10); ax.margins(x=.2)
+    axs[0].set_yticks(range(len(names)), names); axs[0].invert_yaxis(); axs[0].legend(['alone', 'in sum'], loc='lower right')
+    fig.tight_layout(); fig.savefig(path, dpi=80)
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument('--seconds', type=float, default=120., help='of training for each')
+    ap.add_argument('--show', action='store_true', help='only write table and chart from what was measured')
+    args = ap.parse_args()
+    path = HERE/'ladder.json'
+    if not args.show:
+        judge,base,first = Judge(),Recipe(),"the lesson's first recipe"
+        res = dict(machine=machine(), seconds=args.seconds, alone={}, sum={})
+        summed = base
+        todo = [('sum', first, base)]
+        for nm,lever in RUNGS.items():
+            summed = replace(summed, **lever)
+            todo += [('sum', nm, summed), ('alone', nm, replace(base, **lever))]
+        todo += [('sum', nm, replace(summed, **lever)) for nm,lever in UNUSED.items()]
+        for kind,nm,r in todo:
+            res[kind][nm] = measure(f'{kind}: {nm}', r, args.seconds, judge)
+            path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+        res['alone'][first] = res['sum'][first]
+        path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+    res = json.loads(path.read_text())
+    print(res['machine']); print(table(res))
+    chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
+
+if __name__ == '__main__': main()

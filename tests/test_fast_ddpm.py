@@ -1,0 +1,197 @@
+"Noise, strides, and the U-Net of the fast lesson, against diffusers and against what must be so"
+import copy
+from functools import partial
+
+import pytest, torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn, optim
+
+from miniai import ddpm
+from miniai.accel import AccelerateCB, EMACB, GradAccumCB, MixedPrecision
+from miniai.activations import set_seed
+from miniai.datasets import DataLoaders, TensorLoader
+from miniai.ddpm import Schedule, SpaceToDepth
+from miniai.fast_ddpm import (DDPMCB, NoiseFromV, UNet, VPredCB, ddim_step, ddim_steps, fast_unet, init_ddpm, noisify,
+                              sample, strides)
+from miniai.learner import DeviceCB, Learner, TrainCB
+
+tiny = partial(UNet, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+               down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+
+class Net(nn.Module):
+    "Depends on every pixel and on t"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+    def forward(self, x, t): return self.conv(x) + .1*(t/500-1).view(-1,1,1,1)
+
+class Knows(nn.Module):
+    "The exact noise (or v), if there is only one picture in the world"
+    def __init__(self, x0, sched, v=False): super().__init__(); self.x0,self.sched,self.v = x0,sched,v
+    def forward(self, x, t):
+        a = self.sched.ᾱ.to(x)[t].view(-1,1,1,1)
+        ε = (x - a.sqrt()*self.x0)/(1-a).sqrt()
+        return a.sqrt()*ε - (1-a).sqrt()*self.x0 if self.v else ε
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+@pytest.mark.parametrize('sched', [Schedule.linear(), Schedule.cosine(), Schedule.linear(10)])
+def test_noisify_draws_from_q(sched):
+    torch.manual_seed(0)
+    x0 = torch.full((200_000, 1, 1, 1), .8)
+    (x_t,t),ε = noisify(x0, sched.ᾱ)
+    n = len(sched)
+    assert t.min() == 0 and t.max() == n-1
+    counts = torch.bincount(t, minlength=n).float()
+    assert ((counts-len(t)/n)/(len(t)/n)**.5).abs().max() < 6
+    for i in (0, n//2, n-1):
+        at,a = x_t[t == i].flatten(),sched.ᾱ[i]
+        assert at.mean().item() == pytest.approx((a.sqrt()*.8).item(), abs=6*((1-a)/len(at)).sqrt().item()+1e-6)
+        assert at.var().item() == pytest.approx((1-a).item(), rel=6*(2/len(at))**.5)
+    torch.testing.assert_close(x_t, sched.ᾱ[t].sqrt().view(-1,1,1,1)*x0 + (1-sched.ᾱ[t]).sqrt().view(-1,1,1,1)*ε)
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_noisify_keeps_the_dtype(dtype):
+    (x_t,t),ε = noisify(torch.zeros(3, 2, 4, 5, dtype=dtype), Schedule.linear().ᾱ)
+    assert x_t.dtype == ε.dtype == dtype and x_t.shape == (3, 2, 4, 5) and t.dtype == torch.int64
+
+@pytest.mark.parametrize('x', [torch.zeros(4, 8, 8), torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4)])
+def test_noisify_wants_images(x):
+    with pytest.raises(ValueError, match=r'\(n, channels, h, w\)'): noisify(x, Schedule.linear().ᾱ)
+
+@pytest.mark.parametrize('steps', [1, 2, 10, 50, 1000])
+@pytest.mark.parametrize('clip', [True, False])
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('sched', [Schedule.linear(), Schedule.cosine()], ids=['linear', 'cosine'])
+def test_the_walk_is_that_of_diffusers(net, steps, clip, kind, sched):
+    gen = torch.Generator()
+    theirs = DDIMScheduler(trained_betas=sched.β.numpy(), timestep_spacing='trailing', clip_sample=clip, prediction_type=kind)
+    theirs.set_timesteps(steps)
+    net,sched = net.double(),Schedule(sched.β.double())
+    theirs.alphas_cumprod,theirs.final_alpha_cumprod = sched.ᾱ,torch.ones((), dtype=torch.float64)
+    x = torch.randn(3, 1, 8, 8, generator=gen.manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        for t in theirs.timesteps: x = theirs.step(net(x, t[None]), t, x, eta=0, use_clipped_model_output=clip).prev_sample
+    asks = NoiseFromV(net, sched) if kind == 'v_prediction' else net
+    ours = sample(asks, sched, (3,1,8,8), steps, clip=clip, generator=gen.manual_seed(1))
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('steps', [1, 3, 7, 50])
+@pytest.mark.parametrize('v', [False, True])
+def test_who_knows_the_picture_arrives_at_it(steps, v):
+    x0,sched = torch.rand(2, 1, 6, 6, dtype=torch.float64)*2-1,Schedule.cosine(dtype=torch.float64)
+    model = Knows(x0, sched, v)
+    model.p = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    cb = (VPredCB if v else DDPMCB)(sched)
+    torch.testing.assert_close(cb.sample(model, (2,1,6,6), steps), x0)
+
+def test_strides():
+    assert strides(10, 10) == list(range(9, -1, -1)) and strides(10, 1) == [9] and strides(1000, 4) == [999, 749, 499, 249]
+    for n in range(1, 101):
+        ts = strides(100, n)
+        assert len(ts) == n == len(set(ts)) and ts[0] == 99 and min(ts) >= 0 and ts == sorted(ts, reverse=True)
+    for bad in (0, -1, 11):
+        with pytest.raises(ValueError, match='1 to 10, not'): strides(10, bad)
+
+def test_a_step_to_where_one_is_changes_nothing():
+    x,ε,a = torch.randn(2, 1, 4, 4),torch.randn(2, 1, 4, 4),torch.tensor(.4)
+    torch.testing.assert_close(ddim_step(x, ε, a, a, clip=False)[0], x)
+
+def test_sampling_is_reproducible_and_leaves_the_model_alone(net):
+    sched,gen = Schedule.linear(20),torch.Generator()
+    for steps in (None, 5):
+        a,b = [sample(net, sched, (2,1,4,4), steps, generator=gen.manual_seed(3)) for _ in range(2)]
+        assert torch.equal(a, b) and not a.requires_grad
+        net.train()
+        for t,x,x0 in ddim_steps(net, sched, (1,1,4,4), 5): assert not net.training; break
+        del x
+        sample(net, sched, (1,1,4,4), steps)
+        assert net.training
+    with pytest.raises(ValueError, match='the model returned shape'): sample(Wrong(), sched, (1,1,4,4), 2)
+    for sz in ((1,4,4), (4,)):
+        with pytest.raises(ValueError, match='sz must be'): sample(net, sched, sz, 2)
+
+class Wrong(nn.Module):
+    def forward(self, x, t): return x[..., :-1]
+
+def unets(): return [tiny(), fast_unet((8, 16)), SpaceToDepth(tiny(in_channels=4, out_channels=4)), UNet2DModel(in_channels=1, out_channels=1, block_out_channels=(32, 32), down_block_types=('ResnetDownsampleBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'ResnetUpsampleBlock2D'))]
+
+@pytest.mark.parametrize('i', range(4))
+def test_it_begins_by_predicting_nothing(i):
+    torch.manual_seed(i)
+    model = init_ddpm(unets()[i])
+    with torch.no_grad(): res = model(torch.randn(2, 1, 16, 16), torch.tensor([0, 999]))
+    assert not getattr(res, 'sample', res).any()
+    for m in model.modules():
+        if isinstance(m, ResnetBlock2D): assert not m.conv2.weight.any() and not m.conv2.bias.any()
+        if isinstance(m, Downsample2D) and isinstance(m.conv, nn.Conv2d):
+            W = m.conv.weight.detach().flatten(1).T
+            torch.testing.assert_close(W.T@W, torch.eye(W.shape[1]), atol=1e-5, rtol=0)
+
+def test_it_learns_from_there():
+    "All that begins with zeros gets a gradient in the end"
+    torch.manual_seed(0)
+    model,x,ε = init_ddpm(tiny()),torch.randn(4, 1, 16, 16),torch.randn(4, 1, 16, 16)
+    opt = optim.Adam(model.parameters(), 1e-2, eps=1e-5)
+    for _ in range(4):
+        opt.zero_grad()
+        F.mse_loss(model(x, torch.arange(4)*100), ε).backward()
+        opt.step()
+    still = [n for n,p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [n for n in still if not n.endswith('to_k.bias')] == [], 'a shift of all keys changes no softmax'
+
+def test_group_norm_is_refused_before_anything_is_built(monkeypatch):
+    def never(self, *args, **kwargs): raise AssertionError('built')
+    monkeypatch.setattr(nn.Module, '__init__', never)
+    with pytest.raises(ValueError, match=r'\[16, 20\] channels into 32 groups'): UNet(block_out_channels=(16, 20, 64, 128))
+    with pytest.raises(ValueError, match=r'\[12\] channels into 8 groups'): UNet(block_out_channels=(8, 12), norm_num_groups=8)
+
+def test_unet_is_diffusers_own(tmp_path):
+    torch.manual_seed(0)
+    unet,x,t = tiny().eval(),torch.randn(2, 1, 16, 16),torch.tensor([3, 700])
+    unet.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for cls in (UNet, UNet2DModel):
+            res = cls.from_pretrained(tmp_path, low_cpu_mem_usage=False)(x, t)
+            assert torch.equal(getattr(res, 'sample', res), unet((x, t)))
+    assert unet.config.block_out_channels == (8, 16) and unet.config.norm_num_groups == 4
+
+def small_set(n=50): return DataLoaders(TensorLoader(torch.rand(n, 1, 16, 16)*2-1, torch.zeros(n), bs=16, shuffle=True), TensorLoader(torch.rand(20, 1, 16, 16)*2-1, torch.zeros(20), bs=20))
+
+def test_it_trains_as_the_ddpm_lesson_does():
+    "The same numbers drawn, the same weights in the end"
+    torch.manual_seed(0)
+    a = tiny()
+    b = copy.deepcopy(a)
+    dls = small_set()
+    for model,cbs in ((a, [TrainCB(), DDPMCB()]), (b, [ddpm.DDPMCB()])):
+        set_seed(3)
+        Learner(model, dls, F.mse_loss, 1e-3, [*cbs, DeviceCB('cpu')], optim.Adam).fit(2)
+    for p,q in zip(a.parameters(), b.parameters(), strict=True): assert torch.equal(p, q)
+
+@pytest.mark.filterwarnings('ignore:mixed precision is meant')
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+@pytest.mark.parametrize('engine', [TrainCB, MixedPrecision, partial(AccelerateCB, mixed_precision='no')])
+def test_it_goes_with_every_engine(cb, engine):
+    set_seed(0)
+    model,cb,ema = fast_unet((8, 16)),cb(Schedule.cosine()),EMACB(.9)
+    learn = Learner(model, small_set(), F.mse_loss, 1e-3, [engine(), DeviceCB('cpu'), cb, ema, GradAccumCB(2)], partial(optim.Adam, eps=1e-5))
+    learn.fit(2)
+    assert learn.loss.isfinite() and learn.preds.shape == learn.batch[1].shape
+    own = cb.sample(model, (2,1,16,16), 4, generator=torch.Generator().manual_seed(0))
+    with ema.averaged(model): averaged = cb.sample(model, (2,1,16,16), 4, generator=torch.Generator().manual_seed(0))
+    assert own.isfinite().all() and averaged.isfinite().all() and not torch.equal(own, averaged)
+
+def test_images_that_do_not_fit():
+    learn = Learner(fast_unet((8, 16)), DataLoaders([(torch.zeros(2, 1, 15, 15), torch.zeros(2))], []), F.mse_loss, cbs=[TrainCB(), DDPMCB()])
+    with pytest.raises(ValueError, match='15×15 cannot be folded by 2'): learn.fit(1, valid=False)
+    learn.dls = DataLoaders([(torch.zeros(2, 16, 16), torch.zeros(2))], [])
+    with pytest.raises(ValueError, match=r'noisify needs images in floating point, \(n, channels, h, w\)'): learn.fit(1, valid=False)
+    learn.dls = DataLoaders([(torch.zeros(2, 1, 16, 16), torch.zeros(2))], [])
+    learn.fit(1, valid=False) # usable still
