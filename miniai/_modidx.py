@@ -238,6 +238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'miniai.fast_ddpm.ddim_steps': ('fast_ddpm.html#ddim_steps', 'miniai/fast_ddpm.py'),
                                   'miniai.fast_ddpm.fast_unet': ('fast_ddpm.html#fast_unet', 'miniai/fast_ddpm.py'),
                                   'miniai.fast_ddpm.init_ddpm': ('fast_ddpm.html#init_ddpm', 'miniai/fast_ddpm.py'),
+                                  'miniai.fast_ddpm.min_snr': ('fast_ddpm.html#min_snr', 'miniai/fast_ddpm.py'),
                                   'miniai.fast_ddpm.noisify': ('fast_ddpm.html#noisify', 'miniai/fast_ddpm.py'),
                                   'miniai.fast_ddpm.sample': ('fast_ddpm.html#sample', 'miniai/fast_ddpm.py'),
                                   'miniai.fast_ddpm.strides': ('fast_ddpm.html#strides', 'miniai/fast_ddpm.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noisify', 'ddim_step', 'strides', 'ddim_steps', 'sample', 'DDPMCB', 'UNet', 'init_ddpm', 'fast_unet', 'NoiseFromV',
-           'VPredCB']
+           'VPredCB', 'min_snr']
 
 # %% ../nbs/13_fast_ddpm.ipynb #6ea4265c
 import inspect
@@ -21,15 +21,17 @@ from .ddpm import Schedule, SpaceToDepth, _noise_and_ask, ddpm_steps
 from .init import mode_kept
 from .learner import Callback, DeviceCB
 
-# %% ../nbs/13_fast_ddpm.ipynb #fefc6795
+# %% ../nbs/13_fast_ddpm.ipynb #bac1f72c
 def noisify(
     x0: torch.Tensor, # images (n, c, h, w) from -1 to 1
-    ᾱ: torch.Tensor # (n_steps,), on their device
+    ᾱ: torch.Tensor, # (n_steps,), on their device
+    weights: torch.Tensor=None # (n_steps,), how often each t is drawn, in proportion; all alike if `None`
 ) -> tuple: # ((x_t, t), ε): what the model gets, and what it should say
     "Each image with the noise of a random step t (DDPM, equation 4)"
     if x0.ndim != 4 or not x0.is_floating_point():
         raise ValueError(f'noisify needs images in floating point, (n, channels, h, w), not {x0.dtype} {tuple(x0.shape)}')
-    t = torch.randint(0, len(ᾱ), (len(x0),), device=x0.device)
+    n,size = len(ᾱ),(len(x0),)
+    t = torch.randint(0, n, size, device=x0.device) if weights is None else torch.multinomial(weights, *size, replacement=True)
     ε = torch.randn_like(x0)
     ᾱ_t = ᾱ[t].to(x0.dtype).view(-1, 1, 1, 1)
     return (ᾱ_t.sqrt()*x0 + (1-ᾱ_t).sqrt()*ε, t), ε
@@ -88,18 +90,23 @@ def sample(
     for _,x,_ in walk: pass
     return x
 
-# %% ../nbs/13_fast_ddpm.ipynb #0e3f1bc3
+# %% ../nbs/13_fast_ddpm.ipynb #74bb7906
 class DDPMCB(Callback):
     "Makes each batch of images into noisy ones, and the noise to predict; `sample` makes images. Goes with any `TrainCB`"
     order = DeviceCB.order+1 # noise is drawn where the images are
     def __init__(self,
-        sched: Schedule=None # `Schedule.linear()` if `None`
-    ): self.sched = Schedule.linear() if sched is None else sched
+        sched: Schedule=None, # `Schedule.linear()` if `None`
+        weights: torch.Tensor=None # (n_steps,), how often each step is drawn, in proportion; all alike if `None`
+    ):
+        self.sched,self.weights = Schedule.linear() if sched is None else sched,weights
+        if weights is not None and (weights.shape != self.sched.ᾱ.shape or not (weights >= 0).all() or not weights.any()):
+            raise ValueError(f'weights must be {len(self.sched)} numbers of at least 0, and not all 0')
 
     def before_batch(self, learn):
         x0 = learn.batch[0]
         self.sched = self.sched.to(x0.device)
-        learn.batch = noisify(x0, self.sched.ᾱ)
+        if self.weights is not None: self.weights = self.weights.to(x0.device)
+        learn.batch = noisify(x0, self.sched.ᾱ, self.weights)
 
     def sample(self, model: nn.Module, sz: tuple, steps: int=None, **kwargs) -> torch.Tensor:
         "Images from noise, see `sample`"
@@ -178,3 +185,13 @@ class VPredCB(DDPMCB):
     def sample(self, model: nn.Module, sz: tuple, steps: int=None, **kwargs) -> torch.Tensor:
         "Images from noise, see `sample`"
         return super().sample(NoiseFromV(model, self.sched), sz, steps, **kwargs)
+
+# %% ../nbs/13_fast_ddpm.ipynb #119e02fc
+def min_snr(
+    ᾱ: torch.Tensor, # (n_steps,)
+    gamma: float=5. # above this ratio of picture to noise a step counts less
+) -> torch.Tensor: # (n_steps,)
+    "How much each step counts where the model predicts v (Hang et al. 2023, section 3.4)"
+    if not gamma > 0: raise ValueError(f'gamma is a ratio above 0, not {gamma}')
+    snr = ᾱ/(1-ᾱ)
+    return snr.clamp(max=gamma)/(snr+1)

@@ -14,7 +14,7 @@ from miniai.accel import AccelerateCB, EMACB, GradAccumCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ddpm import Schedule, SpaceToDepth
-from miniai.fast_ddpm import (DDPMCB, NoiseFromV, UNet, VPredCB, ddim_step, ddim_steps, fast_unet, init_ddpm, noisify,
+from miniai.fast_ddpm import (DDPMCB, NoiseFromV, UNet, VPredCB, ddim_step, ddim_steps, fast_unet, init_ddpm, min_snr, noisify,
                               sample, strides)
 from miniai.learner import DeviceCB, Learner, TrainCB
 
@@ -195,3 +195,18 @@ def test_images_that_do_not_fit():
     with pytest.raises(ValueError, match=r'noisify needs images in floating point, \(n, channels, h, w\)'): learn.fit(1, valid=False)
     learn.dls = DataLoaders([(torch.zeros(2, 1, 16, 16), torch.zeros(2))], [])
     learn.fit(1, valid=False) # usable still
+
+@pytest.mark.parametrize('gamma', [1., 5., 100.])
+def test_drawing_more_often_is_weighing_the_loss(gamma):
+    "The mean of any loss over t drawn by weight, and its weighted mean over t drawn evenly"
+    ᾱ = Schedule.cosine().ᾱ
+    w,x0 = min_snr(ᾱ, gamma),torch.zeros(200_000, 1, 1, 1)
+    torch.testing.assert_close(w, torch.minimum(ᾱ/(1-ᾱ), torch.tensor(gamma))*(1-ᾱ), atol=1e-5, rtol=1e-3) # SNR+1 is 1/(1-ᾱ)
+    torch.manual_seed(0)
+    loss = torch.rand(1000)
+    (_,t),_ = noisify(x0, ᾱ, w)
+    assert loss[t].mean().item() == pytest.approx(((loss*w).sum()/w.sum()).item(), abs=.005)
+
+@pytest.mark.parametrize('weights', [torch.ones(999), torch.zeros(1000), -torch.ones(1000), torch.full((1000,), torch.nan)])
+def test_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match='weights must be 1000 numbers'): DDPMCB(Schedule.linear(), weights)

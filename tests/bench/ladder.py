@@ -2,6 +2,7 @@
 
     python tests/bench/ladder.py            # measure (about 75 minutes on two cores), then write the table and the chart
     python tests/bench/ladder.py --show     # only write them again, from what was measured
+    python tests/bench/ladder.py --full 'Adam eps 1e-5, lr 5e-3'    # five epochs with all levers up to this one
 
 Every recipe trains for the same time, with a OneCycle schedule of as many steps as fit into it. It is judged by the mean
 squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
@@ -10,26 +11,30 @@ distance between what the classifier of 10_dropout sees in 1,000 samples (DDIM, 
 is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png.
 """
 import argparse, json, os, platform, time
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
 from torch import optim
 
-from miniai.accel import EMACB, MixedPrecision
+from miniai.accel import CheckpointCB, EMACB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.conv import def_device
 from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
-from miniai.ddpm import Schedule, SpaceToDepth
+from miniai.ddpm import Schedule, SpaceToDepth, to_grid
 from miniai.dropout import trained_classifier
-from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm
+from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm, min_snr
 from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, TrainCB
 from miniai.sgd import BatchSchedCB
 
 HERE = Path(__file__).parent
 LINEAR = Schedule.linear()
+FIRST = "the lesson's first recipe"
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,6 +52,7 @@ class Recipe:
     channels_last: bool = False
     fused: bool = False
     cosine_v: bool = False
+    min_snr: bool = False
     ema: bool = False
     mixed: bool = False
     compiled: bool = False
@@ -64,6 +70,7 @@ RUNGS = { # in the order in which they are added up
     'channels last': dict(channels_last=True),
     'fused Adam': dict(fused=True),
     'cosine schedule, v': dict(cosine_v=True),
+    'the middle more often': dict(min_snr=True),
     'averaged weights': dict(ema=True),
 }
 UNUSED = { # measured, and left out of the sum
@@ -102,20 +109,26 @@ class Clock(Callback):
         self.last = now
         if len(self.secs) >= self.steps: raise CancelFitException
     @property
-    def step(self): return sorted(self.secs[len(self.secs)//4:])[len(self.secs[len(self.secs)//4:])//2]
+    def median(self): return sorted(self.secs[len(self.secs)//4:])[len(self.secs[len(self.secs)//4:])//2] # without the first ones
 
-def train(r, steps, dls, extra=(), seed=0):
-    "A learner after `steps` steps, its clock and averages"
+def train(r, steps, dls, cbs=(), seed=0):
+    "A learner that did `steps` steps, its callback for the noise, its clock and its averages"
     set_seed(seed)
-    model = net(r)
-    ddpm = VPredCB(Schedule.cosine()) if r.cosine_v else DDPMCB()
+    model,noise = net(r),Schedule.cosine() if r.cosine_v else LINEAR
+    ddpm = (VPredCB if r.cosine_v else DDPMCB)(noise, min_snr(noise.ᾱ) if r.min_snr else None)
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
-    clock,ema = Clock(steps),EMACB(.998) if r.ema else None
-    cbs = [MixedPrecision() if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([ema] if ema else []), *extra]
+    clock,ema = Clock(steps),EMACB(.998)
+    own = [MixedPrecision() if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([ema] if r.ema else [])]
     opt = partial(optim.Adam, eps=r.eps, fused=r.fused)
-    learn = Learner(torch.compile(model) if r.compiled else model, dls, F.mse_loss, r.lr, cbs, opt)
+    learn = Learner(torch.compile(model) if r.compiled else model, dls, F.mse_loss, r.lr, [*own, *cbs], opt)
     learn.fit(-(-steps//len(dls.train)), valid=False)
-    return learn,model,ddpm,clock,ema
+    learn.model = model
+    return learn,ddpm,clock,ema
+
+@contextmanager
+def best(r, learn, ema):
+    "The model, with its averaged weights where the recipe has them"
+    with ema.averaged(learn.model) if r.ema else nullcontext(learn.model) as model: yield model
 
 def inner(x, size): return x[..., 2:-2, 2:-2] if size == 32 else x
 
@@ -149,23 +162,54 @@ class Judge:
         roots = torch.linalg.eigvals(c@d).real.clamp(min=0).sqrt()
         return ((m-n)**2).sum().item() + (c.trace()+d.trace()-2*roots.sum()).item()
 
-def measure(name, r, seconds, judge, keep=None):
-    "Train `r` for so many seconds, and judge it"
-    dls = loaders(r)
-    step = train(r, 4, dls)[3].step
-    steps = max(4, int(seconds/step))
-    learn,model,ddpm,clock,ema = train(r, steps, dls)
-    if ema: ema._swap(model) # for good
-    res = dict(name=name, step=clock.step, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
-               parameters=sum(p.numel() for p in model.parameters()))
-    n,sz = 1000,(250, 1, r.size, r.size)
+def distance(r, model, ddpm, judge, n=1000, steps=25):
+    "Fréchet distance of `n` samples; nothing, if it takes more than two minutes to sample them"
+    gen,sz = torch.Generator().manual_seed(0),(250, 1, r.size, r.size)
     start = time.perf_counter()
     ddpm.sample(model, (50, *sz[1:]), 2)
-    if 25*n/100*(time.perf_counter()-start) < 120:
-        gen = torch.Generator().manual_seed(0)
-        res['distance'] = judge(torch.cat([ddpm.sample(model, sz, 25, generator=gen) for _ in range(n//sz[0])]), r.size)
-    print(' | '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in res.items()), flush=True)
+    if n*steps/100*(time.perf_counter()-start) > 120: return None
+    return judge(torch.cat([ddpm.sample(model, sz, steps, generator=gen) for _ in range(n//sz[0])]), r.size)
+
+def measure(name, r, seconds, judge):
+    "Train `r` for so many seconds, and judge it"
+    dls = loaders(r)
+    steps = max(4, int(seconds/train(r, 4, dls)[2].median))
+    learn,ddpm,clock,ema = train(r, steps, dls)
+    with best(r, learn, ema) as model:
+        res = dict(step=clock.median, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
+                   distance=distance(r, model, ddpm, judge), parameters=sum(p.numel() for p in model.parameters()))
+    print(name, res, flush=True)
     return res
+
+def full(name, n_epochs, judge):
+    "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on"
+    r,folder = summed(name),HERE.parent.parent/'_run'/'ladder'/name.replace(' ', '-')
+    dls = loaders(r)
+    learn,ddpm,clock,ema = train(r, n_epochs*len(dls.train), dls, [CheckpointCB(folder, every=60, keep=2, resume=True), Say()])
+    with best(r, learn, ema) as model:
+        save_file({k: o.contiguous() for k,o in model.state_dict().items()}, folder/'model.safetensors')
+        gen = torch.Generator().manual_seed(0)
+        samples = ddpm.sample(model, (64, 1, r.size, r.size), generator=gen).cpu()
+        Image.fromarray(to_grid(inner(samples, r.size), nrow=16, scale=2)).save(folder/'samples.png')
+    print(f'{name}: {n_epochs} epochs, {clock.median:.2f} s a step, distance {judge(samples, r.size):.0f}; {folder}')
+
+class Say(Callback):
+    "A line every 50 steps"
+    order = 91
+    def before_fit(self, learn): self.losses = []
+    def after_batch(self, learn):
+        self.losses.append(learn.loss.detach())
+        if len(self.losses) < 50: return
+        print(f'{time.strftime("%H:%M")} epoch {learn.epoch+1} step {learn.iter+1} loss {torch.stack(self.losses).mean():.4f}', flush=True)
+        self.losses = []
+
+def summed(name):
+    "The recipe with all levers up to `name`"
+    r = Recipe()
+    for nm,lever in RUNGS.items():
+        r = replace(r, **lever)
+        if nm == name: return r
+    raise SystemExit(f'no rung is called {name!r}: {", ".join(RUNGS)}')
 
 def machine():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
@@ -174,9 +218,9 @@ def machine():
 
 def table(res):
     "Markdown"
-    def cells(o): return f"{o['step']:.2f} | {o['error']:.3f} | {o['distance']:.0f}" if o and 'distance' in o else f"{o['step']:.2f} | {o['error']:.3f} | " if o else ' | | '
+    def cells(o): return f"{o['step']:.2f} | {o['error']:.3f} | {o['distance']:.0f}" if o and o['distance'] is not None else f"{o['step']:.2f} | {o['error']:.3f} | " if o else ' | | '
     rows = ['| | alone: s a step | error | | in sum: s a step | error | distance |', '|---|--:|--:|--|--:|--:|--:|']
-    for nm in ["the lesson's first recipe", *RUNGS, *UNUSED]:
+    for nm in [FIRST, *RUNGS, *UNUSED]:
         a,s = (res[k].get(nm) for k in ('alone', 'sum'))
         alone = f"{a['step']:.2f} | {a['error']:.3f}" if a else ' | '
         rows.append(f"| {nm} | {alone} | | {cells(s)} |")
@@ -186,7 +230,7 @@ def chart(res, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    names = ["the lesson's first recipe", *RUNGS]
+    names = [FIRST, *RUNGS]
     fig,axs = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
     for ax,key,title in zip(axs, ('step', 'error', 'distance'), ('seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'Fréchet distance of 1,000 samples')):
         for kind,color,shift in (('alone', 'C7', -.2), ('sum', 'C0', .2)):
@@ -199,26 +243,27 @@ def chart(res, path):
 
 def main():
     ap = argparse.ArgumentParser()
-    ap.add_argument('--seconds', type=float, default=120., help='of training for each')
+    ap.add_argument('--seconds', type=float, default=120., help='of training for each recipe')
     ap.add_argument('--show', action='store_true', help='only write table and chart from what was measured')
+    ap.add_argument('--full', metavar='RUNG', help='train the sum up to this rung in full instead')
+    ap.add_argument('--epochs', type=int, default=5)
     args = ap.parse_args()
+    if args.full: return full(args.full, args.epochs, Judge())
     path = HERE/'ladder.json'
-    if not args.show:
-        judge,base,first = Judge(),Recipe(),"the lesson's first recipe"
-        res = dict(machine=machine(), seconds=args.seconds, alone={}, sum={})
-        summed = base
-        todo = [('sum', first, base)]
-        for nm,lever in RUNGS.items():
-            summed = replace(summed, **lever)
-            todo += [('sum', nm, summed), ('alone', nm, replace(base, **lever))]
-        todo += [('sum', nm, replace(summed, **lever)) for nm,lever in UNUSED.items()]
-        for kind,nm,r in todo:
-            res[kind][nm] = measure(f'{kind}: {nm}', r, args.seconds, judge)
-            path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
-        res['alone'][first] = res['sum'][first]
-        path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+    if not args.show: climb(path, args.seconds)
     res = json.loads(path.read_text())
     print(res['machine']); print(table(res))
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
+
+def climb(path, seconds):
+    "Measure every recipe, and write what is known after each"
+    judge,base = Judge(),Recipe()
+    res = dict(machine=machine(), seconds=seconds, alone={}, sum={})
+    todo = [('sum', FIRST, base)]
+    for nm,lever in RUNGS.items(): todo += [('sum', nm, summed(nm)), ('alone', nm, replace(base, **lever))]
+    todo += [('sum', nm, replace(summed([*RUNGS][-1]), **lever)) for nm,lever in UNUSED.items()]
+    for kind,nm,r in todo:
+        res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge)
+        path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
 
 if __name__ == '__main__': main()
