@@ -1,6 +1,6 @@
 """From the lesson's first DDPM to the fast one, a lever a rung: what each buys, alone and on top of those before it.
 
-    python tests/bench/ladder.py            # measure (about 75 minutes on two cores), then write the table and the chart
+    python tests/bench/ladder.py            # measure (about an hour on two cores), then write the table and the chart
     python tests/bench/ladder.py --show     # only write them again, from what was measured
     python tests/bench/ladder.py --full 'Adam eps 1e-5, lr 5e-3'    # five epochs with all levers up to this one
 
@@ -8,7 +8,7 @@ Every recipe trains for the same time, with a OneCycle schedule of as many steps
 squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
 own schedule and target are; padding does not count. Where sampling takes less than two minutes, also by the Fréchet
 distance between what the classifier of 10_dropout sees in 1,000 samples (DDIM, 25 steps) and in the test images: lower
-is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png.
+is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png; weights: _run/ladder.
 """
 import argparse, json, os, platform, time
 from contextlib import contextmanager, nullcontext
@@ -33,6 +33,7 @@ from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, Trai
 from miniai.sgd import BatchSchedCB
 
 HERE = Path(__file__).parent
+KEPT = HERE.parent.parent/'_run'/'ladder'
 LINEAR = Schedule.linear()
 FIRST = "the lesson's first recipe"
 
@@ -170,24 +171,29 @@ def distance(r, model, ddpm, judge, n=1000, steps=25):
     if n*steps/100*(time.perf_counter()-start) > 120: return None
     return judge(torch.cat([ddpm.sample(model, sz, steps, generator=gen) for _ in range(n//sz[0])]), r.size)
 
+def keep(model, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: o.contiguous() for k,o in model.state_dict().items()}, path)
+
 def measure(name, r, seconds, judge):
-    "Train `r` for so many seconds, and judge it"
+    "Train `r` for so many seconds, judge it, and keep its weights"
     dls = loaders(r)
     steps = max(4, int(seconds/train(r, 4, dls)[2].median))
     learn,ddpm,clock,ema = train(r, steps, dls)
     with best(r, learn, ema) as model:
         res = dict(step=clock.median, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
                    distance=distance(r, model, ddpm, judge), parameters=sum(p.numel() for p in model.parameters()))
+        keep(model, KEPT/f"{name.replace(': ', '-').replace(' ', '-')}.safetensors")
     print(name, res, flush=True)
     return res
 
 def full(name, n_epochs, judge):
     "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on"
-    r,folder = summed(name),HERE.parent.parent/'_run'/'ladder'/name.replace(' ', '-')
+    r,folder = summed(name),KEPT/'full'/name.replace(' ', '-')
     dls = loaders(r)
     learn,ddpm,clock,ema = train(r, n_epochs*len(dls.train), dls, [CheckpointCB(folder, every=60, keep=2, resume=True), Say()])
     with best(r, learn, ema) as model:
-        save_file({k: o.contiguous() for k,o in model.state_dict().items()}, folder/'model.safetensors')
+        keep(model, folder/'model.safetensors')
         gen = torch.Generator().manual_seed(0)
         samples = ddpm.sample(model, (64, 1, r.size, r.size), generator=gen).cpu()
         Image.fromarray(to_grid(inner(samples, r.size), nrow=16, scale=2)).save(folder/'samples.png')
@@ -243,7 +249,7 @@ def chart(res, path):
 
 def main():
     ap = argparse.ArgumentParser()
-    ap.add_argument('--seconds', type=float, default=120., help='of training for each recipe')
+    ap.add_argument('--seconds', type=float, default=60., help='of training for each recipe')
     ap.add_argument('--show', action='store_true', help='only write table and chart from what was measured')
     ap.add_argument('--full', metavar='RUNG', help='train the sum up to this rung in full instead')
     ap.add_argument('--epochs', type=int, default=5)
@@ -256,13 +262,14 @@ def main():
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
 def climb(path, seconds):
-    "Measure every recipe, and write what is known after each"
+    "Measure every recipe, and write what is known after each; a second call goes on with what is missing"
     judge,base = Judge(),Recipe()
     res = dict(machine=machine(), seconds=seconds, alone={}, sum={})
+    if path.exists() and (was := json.loads(path.read_text()))['machine'] == res['machine'] and was['seconds'] == seconds: res = was
     todo = [('sum', FIRST, base)]
     for nm,lever in RUNGS.items(): todo += [('sum', nm, summed(nm)), ('alone', nm, replace(base, **lever))]
     todo += [('sum', nm, replace(summed([*RUNGS][-1]), **lever)) for nm,lever in UNUSED.items()]
-    for kind,nm,r in todo:
+    for kind,nm,r in [o for o in todo if o[1] not in res[o[0]]]:
         res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge)
         path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
 
