@@ -210,3 +210,18 @@ def test_a_schedule_a_recorder_and_adam_with_the_learner(model, dls):
     epoch = EpochSchedCB(partial(optim.lr_scheduler.StepLR, step_size=1))
     TrainLearner(model, dls, cbs=epoch).fit(2)
     assert epoch.schedo.last_epoch == 2
+
+def test_a_cancelled_step_keeps_the_gradients():
+    "after_step and zero_grad are left out as well, and the batch goes on to its end"
+    seen = []
+    class Every2(Callback):
+        def after_backward(self, learn):
+            if learn.iter % 2 == 0: raise CancelStepException
+        def after_step(self, learn): seen.append('step')
+        def after_batch(self, learn): seen.append((learn.stepped, next(learn.model.parameters()).grad is not None))
+    model = torch.nn.Linear(2, 1)
+    start = model.weight.detach().clone()
+    batch = torch.ones(3, 2),torch.zeros(3, 1)
+    Learner(model, DataLoaders([batch]*3, []), cbs=[TrainCB(), Every2()]).fit(1, valid=False)
+    assert seen == [(False, True), 'step', (True, False), (False, True)]
+    assert not torch.equal(model.weight, start)
