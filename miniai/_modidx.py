@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'miniai'},
   'syms': { 'miniai.accel': { 'miniai.accel.AccelerateCB': ('accel.html#acceleratecb', 'miniai/accel.py'),
                               'miniai.accel.AccelerateCB.__init__': ('accel.html#acceleratecb.__init__', 'miniai/accel.py'),
+                              'miniai.accel.AccelerateCB._scale': ('accel.html#acceleratecb._scale', 'miniai/accel.py'),
                               'miniai.accel.AccelerateCB.after_backward': ('accel.html#acceleratecb.after_backward', 'miniai/accel.py'),
                               'miniai.accel.AccelerateCB.backward': ('accel.html#acceleratecb.backward', 'miniai/accel.py'),
                               'miniai.accel.AccelerateCB.before_batch': ('accel.html#acceleratecb.before_batch', 'miniai/accel.py'),

@@ -19,7 +19,7 @@ from .conv import to_device
 from .datasets import DataLoaders
 from .learner import Callback, CancelEpochException, CancelStepException, DeviceCB, Learner, Mean, MetricsCB, TrainCB, first_tensor, is_main
 
-# %% ../nbs/14_accel.ipynb #45bf58c9
+# %% ../nbs/14_accel.ipynb #8d19bbbd
 class MixedPrecision(TrainCB):
     "TrainCB with predictions and loss under autocast: float16 with loss scaling on CUDA, bfloat16 elsewhere (on a CPU with a warning)"
     order = DeviceCB.order+10 # the model is on its device by then
@@ -37,7 +37,7 @@ class MixedPrecision(TrainCB):
         self.dtype = self.wanted or (torch.float16 if device == 'cuda' else torch.bfloat16)
         self.autocast,self._inside = torch.autocast(device, self.dtype),False
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
-        if learn.opt is not None: learn.opt.register_step_post_hook(lambda *_: setattr(learn, 'stepped', True))
+        self.scale = self.scaler.get_scale()
 
     def before_batch(self, learn):
         self.autocast.__enter__()
@@ -51,12 +51,15 @@ class MixedPrecision(TrainCB):
     def backward(self, learn): self.scaler.scale(learn.loss).backward()
     def after_backward(self, learn): self.scaler.unscale_(learn.opt) # callbacks of a higher order see the true gradients
     def step(self, learn):
-        learn.stepped = False # the optimizer says when it really steps
         self.scaler.step(learn.opt)
         self.scaler.update()
+        scale = self.scaler.get_scale()
+        learn.stepped,self.scale = scale >= self.scale,scale # it falls where the step was left out
 
     def state_dict(self) -> dict: return self.scaler.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.scaler.load_state_dict(state)
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)
+        self.scale = self.scaler.get_scale()
 
 # %% ../nbs/14_accel.ipynb #2f8ada0d
 class GradClipCB(Callback):
@@ -179,7 +182,7 @@ class _AddUp(Callback):
             sums = torch.tensor([float(m.total), float(m.weights)], device=self.acc.device)
             m.total,m.weights = self.acc.reduce(sums).unbind()
 
-# %% ../nbs/14_accel.ipynb #3d76c92b
+# %% ../nbs/14_accel.ipynb #2966b643
 class AccelerateCB(TrainCB):
     "TrainCB on Hugging Face accelerate, which places, casts and steps; `fp16` needs CUDA, and is float32 with a warning elsewhere"
     order = DeviceCB.order+10
@@ -202,7 +205,7 @@ class AccelerateCB(TrainCB):
         self.was = learn.model,learn.dls
         learn.model = self.acc.prepare(learn.model)
         if learn.opt is not None: learn.opt = self.acc.prepare(learn.opt)
-        self.together = self.acc.num_processes > 1
+        self.together,self.scale = self.acc.num_processes > 1,self._scale()
         if not self.together: return
         learn.dls = DataLoaders(*[_Share(dl, self.acc) for dl in (learn.dls.train, learn.dls.valid)])
         learn.cbs.append(add_up := _AddUp(self.acc))
@@ -215,7 +218,9 @@ class AccelerateCB(TrainCB):
     def after_backward(self, learn): self.acc.unscale_gradients(learn.opt)
     def step(self, learn):
         learn.opt.step()
-        learn.stepped = not self.acc.optimizer_step_was_skipped
+        scale = self._scale()
+        learn.stepped,self.scale = scale >= self.scale,scale
+    def _scale(self): return self.acc.scaler.get_scale() if self.acc.scaler else 1.
 
     def cleanup_fit(self, learn):
         if not hasattr(self, 'was'): return

@@ -209,3 +209,21 @@ def test_no_checkpoint_within_a_group(tmp_path):
     fit(GradAccumCB(3), CheckpointCB(tmp_path, every=2, keep=9), PowerCut(13))
     assert [int(p.name[5:]) for p in sorted(tmp_path.iterdir())] == [3, 6, 7, 10, 13]
     assert torch.equal(fit(GradAccumCB(3), CheckpointCB(tmp_path, resume=True), seed=1), whole)
+
+@pytest.mark.parametrize('opt', [optim.SGD, partial(optim.Adam, fused=True), partial(optim.Adam, foreach=True)])
+@pytest.mark.parametrize('every', [1, 2])
+def test_a_step_that_is_left_out_is_seen(model, dls, opt, every):
+    "Fused optimizers step always, and look at the infinities themselves"
+    class Overflow(Callback):
+        def after_backward(self, learn):
+            if learn.iter % every == 0: next(learn.model.parameters()).grad.fill_(torch.inf)
+    class Watch(Callback):
+        def before_batch(self, learn): self.before = learn.model.weight.detach().clone()
+        def after_batch(self, learn): seen.append((learn.stepped, not torch.equal(self.before, learn.model.weight)))
+    seen,ema = [],EMACB(.5)
+    cb = MixedPrecision(dtype=torch.float16)
+    learn = Learner(model, DataLoaders(dls.train[:6], []), lr=1e-3, cbs=[cb, Overflow(), Watch(), ema], opt_func=opt)
+    class Small(Callback):
+        def before_epoch(self, learn): cb.scaler._init_scale,cb.scale = 8.,8.
+    learn.fit(1, valid=False, cbs=Small())
+    assert seen == [(i % every != 0,)*2 for i in range(6)] and ema.n == sum(o for o,_ in seen)
