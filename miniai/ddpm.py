@@ -161,7 +161,7 @@ def ddpm_sample(
         steps = progress_bar(steps, total=len(sched))
     return [x.cpu() for t,x,_ in steps if t % every == 0]
 
-# %% ../nbs/12_ddpm.ipynb #bff9c1b7
+# %% ../nbs/12_ddpm.ipynb #480a5f2e
 class SpaceToDepth(nn.Module):
     "Run `unet` on images folded so that each r×r block is one pixel of r² channels, and unfold what it returns"
     def __init__(self,
@@ -175,7 +175,7 @@ class SpaceToDepth(nn.Module):
         x: torch.Tensor|tuple, # (n, c, h, w), h and w multiples of r; or this and t together
         t: torch.Tensor=None # (n,)
     ) -> torch.Tensor: # like x
-        x,t = x if t is None else (x, t)
+        x,t = x if isinstance(x, (tuple, list)) else (x, t)
         if x.shape[-2] % self.r or x.shape[-1] % self.r:
             raise ValueError(f'images of {x.shape[-2]}×{x.shape[-1]} cannot be folded by {self.r}: pad them to a multiple of it')
         return F.pixel_shuffle(_out(self.unet(F.pixel_unshuffle(x, self.r), t)), self.r)

@@ -112,7 +112,7 @@ class DDPMCB(Callback):
         "Images from noise, see `sample`"
         return sample(model, self.sched, sz, steps, **kwargs)
 
-# %% ../nbs/13_fast_ddpm.ipynb #a3ec784b
+# %% ../nbs/13_fast_ddpm.ipynb #6e76811b
 class UNet(UNet2DModel):
     "diffusers' U-Net, which takes `(x_t, t)` together or apart, and returns the prediction itself"
     @wraps(UNet2DModel.__init__)
@@ -129,7 +129,7 @@ class UNet(UNet2DModel):
         x: torch.Tensor|tuple, # (n, c, h, w); or this and t together
         t: torch.Tensor=None # (n,)
     ) -> torch.Tensor: # like x
-        x,t = x if t is None else (x, t)
+        x,t = x if isinstance(x, (tuple, list)) else (x, t)
         return super().forward(x, t).sample
 
 # %% ../nbs/13_fast_ddpm.ipynb #f83e5a47
