@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixedPrecision', 'GradClipCB', 'GradAccumCB', 'EMACB', 'AccelerateCB', 'CheckpointCB']
 
-# %% ../nbs/14_accel.ipynb #ba53dafd
+# %% ../nbs/14_accel.ipynb #c4b38868
 import hashlib, json, random, shutil, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,19 @@ from torch import nn
 
 from .conv import to_device
 from .datasets import DataLoaders
-from .learner import Callback, CancelEpochException, CancelStepException, DeviceCB, Learner, Mean, MetricsCB, TrainCB, first_tensor, is_main
+from .learner import Callback, CancelEpochException, CancelStepException, DeviceCB, Mean, MetricsCB, TrainCB, first_tensor, is_main
 
-# %% ../nbs/14_accel.ipynb #8d19bbbd
-class MixedPrecision(TrainCB):
-    "TrainCB with predictions and loss under autocast: float16 with loss scaling on CUDA, bfloat16 elsewhere (on a CPU with a warning)"
+# %% ../nbs/14_accel.ipynb #62651df4
+class _ScaledCB(TrainCB):
+    "A TrainCB with a scaler, whose scale falls where it left a step out"
     order = DeviceCB.order+10 # the model is on its device by then
+    def _watch(self, scaler): self.scaler,self.scale = scaler,scaler.get_scale()
+    def _stepped(self, learn):
+        scale = self.scaler.get_scale()
+        learn.stepped,self.scale = scale >= self.scale,scale
 
+class MixedPrecision(_ScaledCB):
+    "TrainCB with predictions and loss under autocast: float16 with loss scaling on CUDA, bfloat16 elsewhere (on a CPU with a warning)"
     def __init__(self,
         n_inp: int=1, # parts of the batch that go into the model
         dtype: torch.dtype=None # `torch.float16` or `torch.bfloat16`, if it shall not depend on the device
@@ -36,8 +42,7 @@ class MixedPrecision(TrainCB):
         if device == 'cpu': warnings.warn('mixed precision is meant for GPUs: on most CPUs it is many times slower than float32 (TrainCB)')
         self.dtype = self.wanted or (torch.float16 if device == 'cuda' else torch.bfloat16)
         self.autocast,self._inside = torch.autocast(device, self.dtype),False
-        self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
-        self.scale = self.scaler.get_scale()
+        self._watch(torch.amp.GradScaler(device, enabled=self.dtype == torch.float16))
 
     def before_batch(self, learn):
         self.autocast.__enter__()
@@ -53,13 +58,12 @@ class MixedPrecision(TrainCB):
     def step(self, learn):
         self.scaler.step(learn.opt)
         self.scaler.update()
-        scale = self.scaler.get_scale()
-        learn.stepped,self.scale = scale >= self.scale,scale # it falls where the step was left out
+        self._stepped(learn)
 
     def state_dict(self) -> dict: return self.scaler.state_dict()
     def load_state_dict(self, state: dict) -> None:
         self.scaler.load_state_dict(state)
-        self.scale = self.scaler.get_scale()
+        self._watch(self.scaler)
 
 # %% ../nbs/14_accel.ipynb #2f8ada0d
 class GradClipCB(Callback):
@@ -182,11 +186,9 @@ class _AddUp(Callback):
             sums = torch.tensor([float(m.total), float(m.weights)], device=self.acc.device)
             m.total,m.weights = self.acc.reduce(sums).unbind()
 
-# %% ../nbs/14_accel.ipynb #2966b643
-class AccelerateCB(TrainCB):
+# %% ../nbs/14_accel.ipynb #37a63fdd
+class AccelerateCB(_ScaledCB):
     "TrainCB on Hugging Face accelerate, which places, casts and steps; `fp16` needs CUDA, and is float32 with a warning elsewhere"
-    order = DeviceCB.order+10
-
     def __init__(self,
         n_inp: int=1, # parts of the batch that go into the model
         mixed_precision: str='fp16' # 'no', 'fp16' or 'bf16'
@@ -205,7 +207,8 @@ class AccelerateCB(TrainCB):
         self.was = learn.model,learn.dls
         learn.model = self.acc.prepare(learn.model)
         if learn.opt is not None: learn.opt = self.acc.prepare(learn.opt)
-        self.together,self.scale = self.acc.num_processes > 1,self._scale()
+        self._watch(self.acc.scaler or torch.amp.GradScaler(self.acc.device.type, enabled=False))
+        self.together = self.acc.num_processes > 1
         if not self.together: return
         learn.dls = DataLoaders(*[_Share(dl, self.acc) for dl in (learn.dls.train, learn.dls.valid)])
         learn.cbs.append(add_up := _AddUp(self.acc))
@@ -218,9 +221,7 @@ class AccelerateCB(TrainCB):
     def after_backward(self, learn): self.acc.unscale_gradients(learn.opt)
     def step(self, learn):
         learn.opt.step()
-        scale = self._scale()
-        learn.stepped,self.scale = scale >= self.scale,scale
-    def _scale(self): return self.acc.scaler.get_scale() if self.acc.scaler else 1.
+        self._stepped(learn)
 
     def cleanup_fit(self, learn):
         if not hasattr(self, 'was'): return

@@ -61,7 +61,11 @@ class Schedule:
         vars(res).update({k: v.to(device) for k,v in vars(self).items()})
         return res
 
-# %% ../nbs/12_ddpm.ipynb #deb474b2
+# %% ../nbs/12_ddpm.ipynb #bdd33359
+def _each(v, t, x):
+    "`v` of each image's step t, to be multiplied with images `x`"
+    return v[t].to(x.dtype).view(-1, 1, 1, 1)
+
 class DDPMCB(TrainCB):
     "A TrainCB that turns a batch of images into (x_t, t) and the noise ε to predict (DDPM, algorithm 1); `sample` makes images"
     def __init__(self,
@@ -80,7 +84,7 @@ class DDPMCB(TrainCB):
         self.sched = self.sched.to(x0.device)
         t = torch.randint(0, self.n_steps, (len(x0),), device=x0.device)
         ε = torch.randn_like(x0)
-        ᾱ_t = self.sched.ᾱ[t].to(x0.dtype).view(-1, 1, 1, 1)
+        ᾱ_t = _each(self.sched.ᾱ, t, x0)
         x_t = ᾱ_t.sqrt()*x0 + (1-ᾱ_t).sqrt()*ε
         learn.batch = (x_t, t), ε
 

@@ -6,7 +6,7 @@
 __all__ = ['noisify', 'ddim_step', 'strides', 'ddim_steps', 'sample', 'DDPMCB', 'UNet', 'init_ddpm', 'fast_unet', 'NoiseFromV',
            'VPredCB', 'min_snr']
 
-# %% ../nbs/13_fast_ddpm.ipynb #6ea4265c
+# %% ../nbs/13_fast_ddpm.ipynb #f5bd204a
 import inspect
 from collections.abc import Iterator
 from functools import wraps
@@ -17,11 +17,11 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from .ddpm import Schedule, SpaceToDepth, _noise_and_ask, ddpm_steps
+from .ddpm import Schedule, SpaceToDepth, _each, _noise_and_ask, ddpm_steps
 from .init import mode_kept
 from .learner import Callback, DeviceCB
 
-# %% ../nbs/13_fast_ddpm.ipynb #bac1f72c
+# %% ../nbs/13_fast_ddpm.ipynb #42c2f575
 def noisify(
     x0: torch.Tensor, # images (n, c, h, w) from -1 to 1
     ᾱ: torch.Tensor, # (n_steps,), on their device
@@ -33,7 +33,7 @@ def noisify(
     n,size = len(ᾱ),(len(x0),)
     t = torch.randint(0, n, size, device=x0.device) if weights is None else torch.multinomial(weights, *size, replacement=True)
     ε = torch.randn_like(x0)
-    ᾱ_t = ᾱ[t].to(x0.dtype).view(-1, 1, 1, 1)
+    ᾱ_t = _each(ᾱ, t, x0)
     return (ᾱ_t.sqrt()*x0 + (1-ᾱ_t).sqrt()*ε, t), ε
 
 # %% ../nbs/13_fast_ddpm.ipynb #affed8e5
@@ -159,7 +159,7 @@ def fast_unet(
                 down_block_types=('DownBlock2D',)*n, up_block_types=('UpBlock2D',)*n)
     return SpaceToDepth(init_ddpm(unet), fold)
 
-# %% ../nbs/13_fast_ddpm.ipynb #47ca92d1
+# %% ../nbs/13_fast_ddpm.ipynb #88a34e98
 class NoiseFromV(nn.Module):
     "The noise that `model` sees, if it predicts v: so that every sampler can ask it"
     def __init__(self,
@@ -170,7 +170,8 @@ class NoiseFromV(nn.Module):
         self.model,self.sched = model,sched
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        ᾱ_t = self.sched.ᾱ.to(x)[t].view(-1, 1, 1, 1)
+        self.sched = self.sched.to(x.device) # moves once
+        ᾱ_t = _each(self.sched.ᾱ, t, x)
         return ᾱ_t.sqrt()*self.model(x, t) + (1-ᾱ_t).sqrt()*x
 
 class VPredCB(DDPMCB):
@@ -179,7 +180,7 @@ class VPredCB(DDPMCB):
         x0 = learn.batch[0]
         super().before_batch(learn)
         (x_t,t),ε = learn.batch
-        ᾱ_t = self.sched.ᾱ[t].to(x0.dtype).view(-1, 1, 1, 1)
+        ᾱ_t = _each(self.sched.ᾱ, t, x0)
         learn.batch = (x_t,t),ᾱ_t.sqrt()*ε - (1-ᾱ_t).sqrt()*x0
 
     def sample(self, model: nn.Module, sz: tuple, steps: int=None, **kwargs) -> torch.Tensor:

@@ -110,7 +110,6 @@ def test_sampling_is_reproducible_and_leaves_the_model_alone(net):
         assert torch.equal(a, b) and not a.requires_grad
         net.train()
         for t,x,x0 in ddim_steps(net, sched, (1,1,4,4), 5): assert not net.training; break
-        del x
         sample(net, sched, (1,1,4,4), steps)
         assert net.training
     with pytest.raises(ValueError, match='the model returned shape'): sample(Wrong(), sched, (1,1,4,4), 2)

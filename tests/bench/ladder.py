@@ -10,10 +10,10 @@ own schedule and target are; padding does not count. Where sampling takes less t
 distance between what the classifier of 10_dropout sees in 1,000 samples (DDIM, 25 steps) and in the test images: lower
 is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png; weights: _run/ladder.
 """
-import argparse, json, os, platform, time
+import argparse, json, os, platform, statistics, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np, torch
@@ -80,13 +80,13 @@ UNUSED = { # measured, and left out of the sum
     'torch.compile': dict(compiled=True),
 }
 
-def loaders(r):
-    pad = (r.size-28)//2
-    dd = fashion_mnist()
-    if r.memory: return in_memory(dd, r.batch, device=def_device, x_tfm=partial(to_float, pad=pad, lo=-1))
+@cache
+def loaders(memory, size, batch):
+    tfm,dd = partial(to_float, pad=(size-28)//2, lo=-1),fashion_mnist()
+    if memory: return in_memory(dd, batch, device=def_device, x_tfm=tfm)
     @inplace
-    def transform(b): b['image'] = [F.pad(torch.from_numpy(np.array(o))[None].float()/127.5-1, [pad]*4, value=-1.) for o in b['image']]
-    return DataLoaders.from_dd(dd.with_transform(transform), r.batch)
+    def transform(b): b['image'] = [tfm(torch.from_numpy(np.array(o))[None]) for o in b['image']]
+    return DataLoaders.from_dd(dd.with_transform(transform), batch)
 
 def net(r):
     n,c = len(r.chans),r.fold**2
@@ -110,7 +110,7 @@ class Clock(Callback):
         self.last = now
         if len(self.secs) >= self.steps: raise CancelFitException
     @property
-    def median(self): return sorted(self.secs[len(self.secs)//4:])[len(self.secs[len(self.secs)//4:])//2] # without the first ones
+    def median(self): return statistics.median_high(self.secs[len(self.secs)//4:]) # without the first ones
 
 def train(r, steps, dls, cbs=(), seed=0):
     "A learner that did `steps` steps, its callback for the noise, its clock and its averages"
@@ -177,7 +177,7 @@ def keep(model, path):
 
 def measure(name, r, seconds, judge):
     "Train `r` for so many seconds, judge it, and keep its weights"
-    dls = loaders(r)
+    dls = loaders(r.memory, r.size, r.batch)
     steps = max(4, int(seconds/train(r, 4, dls)[2].median))
     learn,ddpm,clock,ema = train(r, steps, dls)
     with best(r, learn, ema) as model:
@@ -190,7 +190,7 @@ def measure(name, r, seconds, judge):
 def full(name, n_epochs, judge):
     "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on"
     r,folder = summed(name),KEPT/'full'/name.replace(' ', '-')
-    dls = loaders(r)
+    dls = loaders(r.memory, r.size, r.batch)
     learn,ddpm,clock,ema = train(r, n_epochs*len(dls.train), dls, [CheckpointCB(folder, every=60, keep=2, resume=True), Say()])
     with best(r, learn, ema) as model:
         keep(model, folder/'model.safetensors')
