@@ -19,7 +19,7 @@ from .conv import to_device
 from .datasets import DataLoaders
 from .learner import Callback, CancelEpochException, CancelStepException, DeviceCB, Mean, MetricsCB, TrainCB, first_tensor, is_main
 
-# %% ../nbs/14_accel.ipynb #62651df4
+# %% ../nbs/14_accel.ipynb #c674dbf4
 class _ScaledCB(TrainCB):
     "A TrainCB with a scaler, whose scale falls where it left a step out"
     order = DeviceCB.order+10 # the model is on its device by then
@@ -27,6 +27,11 @@ class _ScaledCB(TrainCB):
     def _stepped(self, learn):
         scale = self.scaler.get_scale()
         learn.stepped,self.scale = scale >= self.scale,scale
+
+    def state_dict(self) -> dict: return self.scaler.state_dict()
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)
+        self._watch(self.scaler)
 
 class MixedPrecision(_ScaledCB):
     "TrainCB with predictions and loss under autocast: float16 with loss scaling on CUDA, bfloat16 elsewhere (on a CPU with a warning)"
@@ -59,11 +64,6 @@ class MixedPrecision(_ScaledCB):
         self.scaler.step(learn.opt)
         self.scaler.update()
         self._stepped(learn)
-
-    def state_dict(self) -> dict: return self.scaler.state_dict()
-    def load_state_dict(self, state: dict) -> None:
-        self.scaler.load_state_dict(state)
-        self._watch(self.scaler)
 
 # %% ../nbs/14_accel.ipynb #2f8ada0d
 class GradClipCB(Callback):
@@ -102,8 +102,11 @@ class GradAccumCB(Callback):
         torch._foreach_div_([p.grad for p in learn.model.parameters() if p.grad is not None], self.items/self.unit)
         self.items = self.batches = 0
 
-# %% ../nbs/14_accel.ipynb #423a5355
-def _bare(model): return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+# %% ../nbs/14_accel.ipynb #80c4d11d
+def _bare(model):
+    "The model itself, without what `DistributedDataParallel` and `torch.compile` put around it"
+    if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
+    return getattr(model, '_orig_mod', model)
 
 def _tensors(model):
     "Parameters, and buffers, by name"

@@ -134,6 +134,20 @@ def test_averages_copy_the_statistics_of_batchnorm(dls):
     for k in ('1.running_mean', '1.running_var', '1.num_batches_tracked'): assert torch.equal(ema.avg[k], model.state_dict()[k])
     assert not torch.equal(ema.avg['0.weight'], model[0].weight)
 
+def test_averages_and_checkpoints_of_a_compiled_model_are_the_models(dls, model, tmp_path):
+    def fit(m, *cbs):
+        ema = EMACB(.9)
+        Learner(m, dls, cbs=[TrainCB(), ema, *cbs]).fit(1, valid=False)
+        return ema
+    compiled = torch.compile(model, backend='eager')
+    ema = fit(compiled, CheckpointCB(tmp_path))
+    own = model.weight.detach().clone()
+    with ema.averaged(model): assert not torch.equal(model.weight, own)
+    with ema.averaged(compiled): assert not torch.equal(model.weight, own)
+    other = torch.nn.Linear(4, 1)
+    fit(other, CheckpointCB(tmp_path, resume=True)) # nothing is left to do
+    assert torch.equal(other.weight, own)
+
 def net():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 1))
 
@@ -203,6 +217,19 @@ def test_other_callbacks_and_other_fits(tmp_path):
     Learner(net(), DataLoaders([], [(torch.randn(3, 4), torch.randn(3, 1))]), cbs=[TrainCB(), cb]).fit(1, train=False) # evaluation touches nothing
     for bad in (dict(keep=0), dict(every=0)):
         with pytest.raises(ValueError, match='at least 1'): CheckpointCB(tmp_path, **bad)
+
+def test_the_scale_of_accelerate_is_in_the_checkpoint(tmp_path):
+    "As fp16 has it on CUDA; here the scaler is put in by hand"
+    def engine():
+        cb = AccelerateCB(mixed_precision='no')
+        cb.acc.scaler = torch.amp.GradScaler('cpu', init_scale=8., growth_interval=4)
+        engines.append(cb)
+        return cb
+    engines = []
+    whole = fit(engine=engine)
+    fit(CheckpointCB(tmp_path, every=1), PowerCut(9), engine=engine)
+    assert torch.equal(fit(CheckpointCB(tmp_path, resume=True), engine=engine, seed=1), whole)
+    assert [cb.scaler.get_scale() for cb in engines] == [8.*2**(21//4), 8.*2**(9//4), 8.*2**(21//4)]
 
 def test_no_checkpoint_within_a_group(tmp_path):
     whole = fit(GradAccumCB(3))
