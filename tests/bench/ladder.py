@@ -193,17 +193,21 @@ def measure(name, r, seconds, judge):
     print(name, res, flush=True)
     return res
 
-def full(name, n_epochs, judge):
-    "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on"
-    r,folder = summed(name),KEPT/'full'/name.replace(' ', '-')
+def full(name, n_epochs, n, steps, judge):
+    "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on; then judge `n` samples"
+    r,folder = summed(name),KEPT/'full'/f'{n_epochs}-{name}'.replace(' ', '-')
     dls = loaders(r.memory, r.size, r.batch)
     learn,ddpm,clock,ema = train(r, n_epochs*len(dls.train), dls, [CheckpointCB(folder, every=60, keep=2, resume=True), Say()])
     with best(r, learn, ema) as model:
         keep(folder/'model.safetensors', **model.state_dict())
-        samples,secs = draw(r, model, ddpm, steps=50)
-        keep(folder/'samples.safetensors', samples=samples)
-        Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/'samples.png')
-    print(f'{name}: {n_epochs} epochs, {clock.median:.2f} s a step, {secs:.0f} s for 2,048 samples, distance {judge(samples):.1f}; {folder}')
+        samples,secs = draw(r, model, ddpm, n, steps or None)
+    sampler = f'DDIM {steps}' if steps else 'DDPM'
+    keep(folder/f'{sampler}.safetensors', samples=samples)
+    Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
+    res = dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, n=n, sampling=secs, distance=judge(samples))
+    if clock.secs: res['step'] = clock.median
+    (folder/f'{sampler}.json').write_text(json.dumps(res, indent=1, ensure_ascii=False))
+    print(res, folder)
 
 class Say(Callback):
     "A line every 50 steps"
@@ -221,7 +225,8 @@ def summed(name):
     for nm,lever in RUNGS.items():
         r = replace(r, **lever)
         if nm == name: return r
-    raise SystemExit(f'no rung is called {name!r}: {", ".join(RUNGS)}')
+    if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join(RUNGS | UNUSED)}')
+    return replace(r, **UNUSED[name])
 
 def machine():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
@@ -242,16 +247,19 @@ def chart(res, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    names = [FIRST, *RUNGS]
-    fig,axs = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
+    names = [FIRST, *RUNGS, *UNUSED]
+    fig,axs = plt.subplots(1, 3, figsize=(11, 5.2), sharey=True, layout='constrained')
     for ax,key,title in zip(axs, ('step', 'error', 'distance'), ('seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'Fréchet distance of 2,048 samples')):
-        for kind,color,shift in (('alone', 'C7', -.2), ('sum', 'C0', .2)):
-            for i,nm in enumerate(names):
-                v = res[kind].get(nm, {}).get(key)
-                if v is not None: ax.barh(i+shift, v, .4, color=color, label=kind if i == 1 else None); ax.text(v, i+shift, f' {v:.3g}', va='center', size=7)
+        for kind,label,shift in (('sum', 'in sum', -.2), ('alone', 'alone', .2)):
+            vals = {i: res[kind][nm][key] for i,nm in enumerate(names) if key in res[kind].get(nm, {})}
+            bars = ax.barh([i+shift for i in vals], vals.values(), .4, label=label, color=['C2' if names[i] in UNUSED else 'C0' if kind == 'sum' else 'C7' for i in vals])
+            ax.bar_label(bars, [f'{v:.3g}' for v in vals.values()], padding=2, size=7)
         ax.set_title(title, size=10); ax.margins(x=.2)
-    axs[0].set_yticks(range(len(names)), names); axs[0].invert_yaxis(); axs[0].legend(['alone', 'in sum'], loc='lower right')
-    fig.tight_layout(); fig.savefig(path, dpi=80)
+    for ax in axs[:2]: ax.set_xscale('log')
+    axs[0].set_yticks(range(len(names)), names); axs[0].invert_yaxis(); axs[0].margins(y=.01)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ('C0', 'C7', 'C2')]
+    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, and not kept'], loc='outside lower center', ncols=3)
+    fig.savefig(path, dpi=80)
 
 def main():
     ap = argparse.ArgumentParser()
@@ -259,8 +267,10 @@ def main():
     ap.add_argument('--show', action='store_true', help='only write table and chart from what was measured')
     ap.add_argument('--full', metavar='RUNG', help='train the sum up to this rung in full instead')
     ap.add_argument('--epochs', type=int, default=5)
+    ap.add_argument('--n', type=int, default=2048, help='samples of the full training, a multiple of 256')
+    ap.add_argument('--steps', type=int, default=50, help='of DDIM; 0 for all of DDPM')
     args = ap.parse_args()
-    if args.full: return full(args.full, args.epochs, Judge())
+    if args.full: return full(args.full, args.epochs, args.n, args.steps, Judge())
     path = HERE/'ladder.json'
     if not args.show: climb(path, args.seconds)
     res = json.loads(path.read_text())
@@ -274,7 +284,7 @@ def climb(path, seconds):
     if path.exists() and (was := json.loads(path.read_text()))['machine'] == res['machine'] and was['seconds'] == seconds: res = was
     todo = [('sum', FIRST, base)]
     for nm,lever in RUNGS.items(): todo += [('sum', nm, summed(nm)), ('alone', nm, replace(base, **lever))]
-    todo += [('sum', nm, replace(summed([*RUNGS][-1]), **lever)) for nm,lever in UNUSED.items()]
+    todo += [('sum', nm, summed(nm)) for nm in UNUSED]
     for kind,nm,r in [o for o in todo if o[1] not in res[o[0]]]:
         res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind == 'sum' else None)
         path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
