@@ -59,27 +59,28 @@ class Recipe:
     compiled: bool = False
     batch: int = 128
 
-RUNGS = { # in the order in which they are added up
-    'images in memory': dict(memory=True),
-    'half the channels': dict(chans=(16, 32, 64, 128), groups=8),
-    'zeros at the start': dict(init=True),
-    'Adam eps 1e-5, lr 5e-3': dict(eps=1e-5, lr=5e-3),
-    'clipped gradients': dict(clip=1.),
-    'attention only in the middle': dict(attention=False),
-    'one block a size': dict(layers=1),
-    'fold 2×2': dict(fold=2),
-    'three sizes': dict(chans=(16, 32, 64), groups=8),
-    'channels last': dict(channels_last=True),
-    'fused Adam': dict(fused=True),
-    'cosine schedule, v': dict(cosine_v=True),
-    'the middle more often': dict(min_snr=True),
-    'averaged weights': dict(ema=True),
+RUNGS = { # in the order in which they are added up: the lever, and what it costs in clarity
+    'images in memory': (dict(memory=True), 'nothing: another call'),
+    'half the channels': (dict(chans=(16, 32, 64, 128), groups=8), 'two arguments'),
+    'zeros at the start': (dict(init=True), 'ten lines, `init_ddpm`'),
+    'Adam eps 1e-5, lr 5e-3': (dict(eps=1e-5, lr=5e-3), 'two numbers'),
+    'clipped gradients': (dict(clip=1.), 'one callback'),
+    'attention only in the middle block': (dict(attention=False), 'two tuples of names'),
+    'one block a size': (dict(layers=1), 'one argument'),
+    'fold 2×2': (dict(fold=2), 'a wrapper, `SpaceToDepth`'),
+    'three sizes': (dict(chans=(16, 32, 64), groups=8), 'nothing: a number less'),
+    'channels last': (dict(channels_last=True), 'one `.to`'),
+    'fused Adam': (dict(fused=True), 'one argument'),
+    'cosine schedule, v': (dict(cosine_v=True), 'a page of mathematics, a callback, a wrapper'),
+    'middle steps more often': (dict(cosine_v=True, min_snr=True), 'a formula, and two lines'), # its weights are meant for v
+    'averaged weights': (dict(ema=True), 'one callback, and to sample with it'),
 }
-UNUSED = { # measured, and left out of the sum
-    '28×28, no padding': dict(size=28, fold=2, chans=(16, 32), groups=8),
-    'mixed precision': dict(mixed=True),
-    'torch.compile': dict(compiled=True),
+UNUSED = { # each measured on top of all of them, and left out
+    '28×28, two sizes': (dict(size=28, fold=2, chans=(16, 32), groups=8), 'nothing: two numbers less'),
+    'mixed precision': (dict(mixed=True), 'another callback'),
+    'torch.compile': (dict(compiled=True), 'one call, and minutes of waiting'),
 }
+AGAIN = 'fused Adam', 'averaged weights' # sums that are measured with two more seeds
 
 @cache
 def loaders(memory, size, batch):
@@ -147,6 +148,8 @@ def noise_error(r, model, ddpm, dls):
     preds = torch.cat([asks(x, s) for x,s in zip(x_t.split(64), t.split(64))])
     return F.mse_loss(inner(preds, r.size), inner(ε, r.size)).item()
 
+def fashion_images(n): return in_memory(fashion_mnist(), 128).train.tensors[0][:n]
+
 class Judge:
     "Fréchet distance between features of the classifier: of samples, and of the test images"
     def __init__(self):
@@ -176,11 +179,11 @@ def keep(path, **tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: o.contiguous() for k,o in tensors.items()}, path)
 
-def measure(name, r, seconds, judge):
+def measure(name, r, seconds, judge, seed=0):
     "Train `r` for so many seconds, judge it (its samples only with a `judge`), and keep weights and samples"
     dls = loaders(r.memory, r.size, r.batch)
     steps = max(4, int(seconds/train(r, 4, dls)[2].median))
-    learn,ddpm,clock,ema = train(r, steps, dls)
+    learn,ddpm,clock,ema = train(r, steps, dls, seed=seed)
     with best(r, learn, ema) as model:
         res = dict(step=clock.median, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
                    parameters=sum(p.numel() for p in model.parameters()))
@@ -222,43 +225,50 @@ class Say(Callback):
 def summed(name):
     "The recipe with all levers up to `name`"
     r = Recipe()
-    for nm,lever in RUNGS.items():
+    for nm,(lever,_) in RUNGS.items():
         r = replace(r, **lever)
         if nm == name: return r
     if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join(RUNGS | UNUSED)}')
-    return replace(r, **UNUSED[name])
+    return replace(r, **UNUSED[name][0])
 
 def machine():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
     gpu = f', {torch.cuda.get_device_name()}' if def_device == 'cuda' else ''
     return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}'
 
+NAMES = [FIRST, *RUNGS, *UNUSED]
+
 def table(res):
     "Markdown"
-    def cells(o): return f"{o['step']:.2f} | {o['error']:.3f} | {o['distance']:.0f}" if o and 'distance' in o else f"{o['step']:.2f} | {o['error']:.3f} | " if o else ' | | '
-    rows = ['| | alone: s a step | error | | in sum: s a step | error | distance |', '|---|--:|--:|--|--:|--:|--:|']
-    for nm in [FIRST, *RUNGS, *UNUSED]:
-        a,s = (res[k].get(nm) for k in ('alone', 'sum'))
-        alone = f"{a['step']:.2f} | {a['error']:.3f}" if a else ' | '
-        rows.append(f"| {nm} | {alone} | | {cells(s)} |")
+    rows = ['| lever | sum: steps | s a step | error | distance | s to sample | alone: s a step | error | what it costs in clarity |', '|---'+'|--:'*7+'|---|']
+    for nm in NAMES:
+        def cells(kind, **formats): return [f'{o[k]:{f}}' if k in o else '' for o in [res[kind].get(nm, {})] for k,f in formats.items()]
+        cost = (RUNGS | UNUSED)[nm][1] if nm != FIRST else ''
+        rows.append('| ' + ' | '.join([nm, *cells('sum', steps=',', step='.2f', error='.3f', distance='.0f', sampling='.0f'), *cells('alone', step='.2f', error='.3f'), cost]) + ' |')
     return '\n'.join(rows)
 
 def chart(res, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    names = [FIRST, *RUNGS, *UNUSED]
-    fig,axs = plt.subplots(1, 3, figsize=(11, 5.2), sharey=True, layout='constrained')
-    for ax,key,title in zip(axs, ('step', 'error', 'distance'), ('seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'Fréchet distance of 2,048 samples')):
-        for kind,label,shift in (('sum', 'in sum', -.2), ('alone', 'alone', .2)):
-            vals = {i: res[kind][nm][key] for i,nm in enumerate(names) if key in res[kind].get(nm, {})}
-            bars = ax.barh([i+shift for i in vals], vals.values(), .4, label=label, color=['C2' if names[i] in UNUSED else 'C0' if kind == 'sum' else 'C7' for i in vals])
-            ax.bar_label(bars, [f'{v:.3g}' for v in vals.values()], padding=2, size=7)
-        ax.set_title(title, size=10); ax.margins(x=.2)
-    for ax in axs[:2]: ax.set_xscale('log')
-    axs[0].set_yticks(range(len(names)), names); axs[0].invert_yaxis(); axs[0].margins(y=.01)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ('C0', 'C7', 'C2')]
-    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, and not kept'], loc='outside lower center', ncols=3)
+    fig,axs = plt.subplots(1, 3, figsize=(11, 5.4), sharey=True, layout='constrained')
+    titles = 'seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'distance of 2,048 samples'
+    for ax,key,title in zip(axs, ('step', 'error', 'distance'), titles):
+        for kind,shift in (('alone', .2), ('sum', -.2)):
+            for i,nm in enumerate(NAMES):
+                v = res[kind].get(nm, {}).get(key)
+                if v is None: continue
+                color = 'C2' if nm in UNUSED else 'C0' if kind == 'sum' else 'C7'
+                ax.plot(v, i+shift, 'o', c=color, ms=5)
+                ax.annotate(f'{v:.3g}', (v, i+shift), (5, 0), textcoords='offset points', va='center', size=7, color=color)
+        for i,nm in enumerate(AGAIN): # other seeds
+            vals = [o[key] for k,o in res['again'].items() if k.startswith(nm)]
+            ax.plot(vals, [NAMES.index(nm)-.2]*len(vals), '|', c='C0', ms=8)
+        ax.set_title(f'{title} (log)', size=10); ax.set_xscale('log'); ax.margins(x=.15); ax.grid(axis='y', alpha=.3)
+    axs[2].axvline(res['floor'], c='k', lw=.7)
+    axs[0].set_yticks(range(len(NAMES)), NAMES); axs[0].invert_yaxis()
+    handles = [plt.Line2D([], [], marker='o', ls='', color=c) for c in ('C0', 'C7', 'C2')] + [plt.Line2D([], [], marker='|', ls='', color='C0'), plt.Line2D([], [], color='k', lw=.7)]
+    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, left out', 'other seeds', 'training images'], loc='outside lower center', ncols=5)
     fig.savefig(path, dpi=80)
 
 def main():
@@ -280,13 +290,13 @@ def main():
 def climb(path, seconds):
     "Measure every recipe, and write what is known after each; a second call goes on with what is missing"
     judge,base = Judge(),Recipe()
-    res = dict(machine=machine(), seconds=seconds, alone={}, sum={})
+    res = dict(machine=machine(), seconds=seconds, alone={}, sum={}, again={}, floor=judge(fashion_images(2048)))
     if path.exists() and (was := json.loads(path.read_text()))['machine'] == res['machine'] and was['seconds'] == seconds: res = was
-    todo = [('sum', FIRST, base)]
-    for nm,lever in RUNGS.items(): todo += [('sum', nm, summed(nm)), ('alone', nm, replace(base, **lever))]
-    todo += [('sum', nm, summed(nm)) for nm in UNUSED]
-    for kind,nm,r in [o for o in todo if o[1] not in res[o[0]]]:
-        res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind == 'sum' else None)
+    todo = [('sum', FIRST, base, 0)]
+    for nm,(lever,_) in RUNGS.items(): todo += [('sum', nm, summed(nm), 0), ('alone', nm, replace(base, **lever), 0)]
+    todo += [('again', f'{nm}, seed {i}', summed(nm), i) for nm in AGAIN for i in (1, 2)] + [('sum', nm, summed(nm), 0) for nm in UNUSED]
+    for kind,nm,r,seed in [o for o in todo if o[1] not in res[o[0]]]:
+        res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind != 'alone' else None, seed)
         path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
 
 if __name__ == '__main__': main()
