@@ -252,23 +252,20 @@ def chart(res, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(1, 3, figsize=(11, 5.4), sharey=True, layout='constrained')
-    titles = 'seconds a step of 128', f"error of the noise after {res['seconds']:.0f} s", 'distance of 2,048 samples'
-    for ax,key,title in zip(axs, ('step', 'error', 'distance'), titles):
+    panels = [('step', 'seconds a step of 128', 3.8), ('error', f"error of the noise after {res['seconds']:.0f} s", .2), ('distance', 'distance of 2,048 samples', 650)]
+    for ax,(key,title,most) in zip(axs, panels):
         for kind,shift in (('alone', .2), ('sum', -.2)):
-            for i,nm in enumerate(NAMES):
-                v = res[kind].get(nm, {}).get(key)
-                if v is None: continue
-                color = 'C2' if nm in UNUSED else 'C0' if kind == 'sum' else 'C7'
-                ax.plot(v, i+shift, 'o', c=color, ms=5)
-                ax.annotate(f'{v:.3g}', (v, i+shift), (5, 0), textcoords='offset points', va='center', size=7, color=color)
-        for i,nm in enumerate(AGAIN): # other seeds
+            vals = {nm: o[key] for nm,o in res[kind].items() if key in o}
+            colors = ['C2' if nm in UNUSED else 'C0' if kind == 'sum' else 'C7' for nm in vals]
+            ax.barh([NAMES.index(nm)+shift for nm in vals], vals.values(), .4, color=colors)
+            for nm,v in vals.items(): ax.text(min(v, most*.86), NAMES.index(nm)+shift, f' {v:.3g}', va='center', size=7, color='k' if v < most else 'w')
+        for nm in AGAIN: # other seeds
             vals = [o[key] for k,o in res['again'].items() if k.startswith(nm)]
-            ax.plot(vals, [NAMES.index(nm)-.2]*len(vals), '|', c='C0', ms=8)
-        ax.set_title(f'{title} (log)', size=10); ax.set_xscale('log'); ax.margins(x=.15); ax.grid(axis='y', alpha=.3)
-    axs[2].axvline(res['floor'], c='k', lw=.7)
-    axs[0].set_yticks(range(len(NAMES)), NAMES); axs[0].invert_yaxis()
-    handles = [plt.Line2D([], [], marker='o', ls='', color=c) for c in ('C0', 'C7', 'C2')] + [plt.Line2D([], [], marker='|', ls='', color='C0'), plt.Line2D([], [], color='k', lw=.7)]
-    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, left out', 'other seeds', 'training images'], loc='outside lower center', ncols=5)
+            ax.plot(vals, [NAMES.index(nm)-.2]*len(vals), 'k|', ms=7)
+        ax.set_title(title, size=10); ax.set_xlim(0, most)
+    axs[0].set_yticks(range(len(NAMES)), NAMES); axs[0].invert_yaxis(); axs[0].margins(y=.01)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ('C0', 'C7', 'C2')] + [plt.Line2D([], [], marker='|', ls='', color='k')]
+    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, left out', 'other seeds'], loc='outside lower center', ncols=4)
     fig.savefig(path, dpi=80)
 
 def main():
@@ -284,7 +281,7 @@ def main():
     path = HERE/'ladder.json'
     if not args.show: climb(path, args.seconds)
     res = json.loads(path.read_text())
-    print(res['machine']); print(table(res))
+    print(table(res)); print(f"2,048 training images: distance {res['floor']:.2f}. {res['machine']}")
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
 def climb(path, seconds):
