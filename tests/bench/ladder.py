@@ -32,7 +32,7 @@ from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, Trai
 from miniai.sgd import BatchSchedCB
 
 HERE = Path(__file__).parent
-KEPT = HERE.parent.parent/'_run'/'ladder'
+KEPT,RESULTS = HERE.parent.parent/'_run'/'ladder',HERE/'ladder.json'
 LINEAR = Schedule.linear()
 FIRST = "the lesson's first recipe"
 
@@ -209,7 +209,9 @@ def full(name, n_epochs, n, steps, judge):
     Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
     res = dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, n=n, sampling=secs, distance=judge(samples))
     if clock.secs: res['step'] = clock.median
-    (folder/f'{sampler}.json').write_text(json.dumps(res, indent=1, ensure_ascii=False))
+    known = json.loads(RESULTS.read_text())
+    known.setdefault('full', {})[f'{name}, {n_epochs} epochs, {sampler}'] = res
+    RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False))
     print(res, folder)
 
 class Say(Callback):
@@ -278,9 +280,8 @@ def main():
     ap.add_argument('--steps', type=int, default=50, help='of DDIM; 0 for all of DDPM')
     args = ap.parse_args()
     if args.full: return full(args.full, args.epochs, args.n, args.steps, Judge())
-    path = HERE/'ladder.json'
-    if not args.show: climb(path, args.seconds)
-    res = json.loads(path.read_text())
+    if not args.show: climb(RESULTS, args.seconds)
+    res = json.loads(RESULTS.read_text())
     print(table(res)); print(f"2,048 training images: distance {res['floor']:.2f}. {res['machine']}")
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
@@ -289,9 +290,9 @@ def climb(path, seconds):
     judge,base = Judge(),Recipe()
     res = dict(machine=machine(), seconds=seconds, alone={}, sum={}, again={}, floor=judge(fashion_images(2048)))
     if path.exists() and (was := json.loads(path.read_text()))['machine'] == res['machine'] and was['seconds'] == seconds: res = was
-    todo = [('sum', FIRST, base, 0)]
-    for nm,(lever,_) in RUNGS.items(): todo += [('sum', nm, summed(nm), 0), ('alone', nm, replace(base, **lever), 0)]
-    todo += [('again', f'{nm}, seed {i}', summed(nm), i) for nm in AGAIN for i in (1, 2)] + [('sum', nm, summed(nm), 0) for nm in UNUSED]
+    todo = [('sum', nm, summed(nm) if nm != FIRST else base, 0) for nm in NAMES]
+    todo += [('again', f'{nm}, seed {i}', summed(nm), i) for i in (1, 2) for nm in reversed(AGAIN)]
+    todo += [('alone', nm, replace(base, **lever), 0) for nm,(lever,_) in RUNGS.items()]
     for kind,nm,r,seed in [o for o in todo if o[1] not in res[o[0]]]:
         res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind != 'alone' else None, seed)
         path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
