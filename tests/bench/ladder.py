@@ -1,13 +1,15 @@
 """From the lesson's first DDPM to the fast one, a lever a rung: what each buys, alone and on top of those before it.
 
-    python tests/bench/ladder.py            # measure (about an hour on two cores), then write the table and the chart
+    python tests/bench/ladder.py            # measure (more than an hour on two cores), then write the table and the chart
     python tests/bench/ladder.py --show     # only write them again, from what was measured
     python tests/bench/ladder.py --full 'Adam eps 1e-5, lr 5e-3'    # five epochs with all levers up to this one
 
 Every recipe trains for the same time, with a OneCycle schedule of as many steps as fit into it. It is judged by the mean
 squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
 own schedule and target are; padding does not count. The sums are judged by the Fréchet distance, too, between what the
-classifier of 10_dropout sees in 2,048 samples (DDIM, 25 steps) and in the test images: lower is better. One run each, with the same seed. Results: tests/bench/ladder.json, nbs/images/ladder.png; weights: _run/ladder.
+classifier of 10_dropout sees in 2,048 samples (DDIM, 25 steps) and in the test images: lower is better. One run each,
+with the same seed, and two sums with other seeds, to see what is chance. Results: tests/bench/ladder.json,
+nbs/images/ladder.png; weights and samples: _run/ladder.
 """
 import argparse, json, os, platform, statistics, time
 from contextlib import contextmanager, nullcontext
@@ -24,7 +26,7 @@ from torch import optim
 from miniai.accel import CheckpointCB, EMACB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.conv import def_device
-from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
+from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float, to_tensors
 from miniai.ddpm import Schedule, SpaceToDepth, to_grid
 from miniai.dropout import trained_classifier
 from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm, min_snr
@@ -80,6 +82,8 @@ UNUSED = { # each measured on top of all of them, and left out
     'mixed precision': (dict(mixed=True), 'another callback'),
     'torch.compile': (dict(compiled=True), 'one call, and minutes of waiting'),
 }
+LEVERS = RUNGS | UNUSED
+NAMES = [FIRST, *LEVERS]
 AGAIN = 'fused Adam', 'averaged weights' # sums that are measured with two more seeds
 
 @cache
@@ -148,22 +152,20 @@ def noise_error(r, model, ddpm, dls):
     preds = torch.cat([asks(x, s) for x,s in zip(x_t.split(64), t.split(64))])
     return F.mse_loss(inner(preds, r.size), inner(ε, r.size)).item()
 
-def fashion_images(n): return in_memory(fashion_mnist(), 128).train.tensors[0][:n]
-
 class Judge:
     "Fréchet distance between features of the classifier: of samples, and of the test images"
     def __init__(self):
         self.clf = trained_classifier(device=def_device)
-        test = in_memory(fashion_mnist(), 1000, device=def_device).valid
-        self.real = self.stats(torch.cat([b[0] for b in test]))
+        self.train,test = [to_tensors(ds, def_device)[0] for ds in fashion_mnist().values()]
+        self.real = self.stats(test)
 
     @torch.no_grad()
-    def stats(self, images): # in [0, 1], 28×28
-        feats = torch.cat([self.clf.features(x) for x in images.split(500)]).double().cpu()
+    def stats(self, images): # whole numbers up to 255, (n, 1, 28, 28)
+        feats = torch.cat([self.clf.features(to_float(x)) for x in images.to(def_device).split(500)]).double().cpu()
         return feats.mean(0),torch.cov(feats.T)
 
-    def __call__(self, samples): # as `to_bytes` gives them
-        (m,c),(n,d) = self.stats(samples.to(def_device)/255),self.real
+    def __call__(self, images): # as for `stats`
+        (m,c),(n,d) = self.stats(images),self.real
         roots = torch.linalg.eigvals(c@d).real.clamp(min=0).sqrt()
         return ((m-n)**2).sum().item() + (c.trace()+d.trace()-2*roots.sum()).item()
 
@@ -209,9 +211,9 @@ def full(name, n_epochs, n, steps, judge):
     Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
     res = dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, n=n, sampling=secs, distance=judge(samples))
     if clock.secs: res['step'] = clock.median
-    known = json.loads(RESULTS.read_text())
-    known.setdefault('full', {})[f'{name}, {n_epochs} epochs, {sampler}'] = res
-    RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False))
+    known = results()
+    known['full'][f'{name}, {n_epochs} epochs, {sampler}'] = res
+    write(known)
     print(res, folder)
 
 class Say(Callback):
@@ -227,10 +229,11 @@ class Say(Callback):
 def summed(name):
     "The recipe with all levers up to `name`"
     r = Recipe()
+    if name == FIRST: return r
     for nm,(lever,_) in RUNGS.items():
         r = replace(r, **lever)
         if nm == name: return r
-    if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join(RUNGS | UNUSED)}')
+    if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join(NAMES)}')
     return replace(r, **UNUSED[name][0])
 
 def machine():
@@ -238,15 +241,14 @@ def machine():
     gpu = f', {torch.cuda.get_device_name()}' if def_device == 'cuda' else ''
     return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}'
 
-NAMES = [FIRST, *RUNGS, *UNUSED]
-
 def table(res):
     "Markdown"
     rows = ['| lever | sum: steps | s a step | error | distance | s to sample | alone: s a step | error | what it costs in clarity |', '|---'+'|--:'*7+'|---|']
+    def cells(o, **formats): return [f'{o[k]:{f}}' if k in o else '' for k,f in formats.items()]
     for nm in NAMES:
-        def cells(kind, **formats): return [f'{o[k]:{f}}' if k in o else '' for o in [res[kind].get(nm, {})] for k,f in formats.items()]
-        cost = (RUNGS | UNUSED)[nm][1] if nm != FIRST else ''
-        rows.append('| ' + ' | '.join([nm, *cells('sum', steps=',', step='.2f', error='.3f', distance='.0f', sampling='.0f'), *cells('alone', step='.2f', error='.3f'), cost]) + ' |')
+        total,alone = (res[kind].get(nm, {}) for kind in ('sum', 'alone'))
+        _,cost = LEVERS.get(nm, ({}, ''))
+        rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', distance='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
     return '\n'.join(rows)
 
 def chart(res, path):
@@ -280,21 +282,23 @@ def main():
     ap.add_argument('--steps', type=int, default=50, help='of DDIM; 0 for all of DDPM')
     args = ap.parse_args()
     if args.full: return full(args.full, args.epochs, args.n, args.steps, Judge())
-    if not args.show: climb(RESULTS, args.seconds)
-    res = json.loads(RESULTS.read_text())
+    if not args.show: climb(args.seconds)
+    res = results()
     print(table(res)); print(f"2,048 training images: distance {res['floor']:.2f}. {res['machine']}")
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
-def climb(path, seconds):
+def results(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
+def write(res): RESULTS.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+
+def climb(seconds):
     "Measure every recipe, and write what is known after each; a second call goes on with what is missing"
-    judge,base = Judge(),Recipe()
-    res = dict(machine=machine(), seconds=seconds, alone={}, sum={}, again={}, floor=judge(fashion_images(2048)))
-    if path.exists() and (was := json.loads(path.read_text()))['machine'] == res['machine'] and was['seconds'] == seconds: res = was
-    todo = [('sum', nm, summed(nm) if nm != FIRST else base, 0) for nm in NAMES]
+    judge,here,res = Judge(),dict(machine=machine(), seconds=seconds),results()
+    if {k: res.get(k) for k in here} != here: res = here | dict(alone={}, sum={}, again={}, floor=judge(judge.train[:2048]), full=res['full'])
+    todo = [('sum', nm, summed(nm), 0) for nm in NAMES]
     todo += [('again', f'{nm}, seed {i}', summed(nm), i) for i in (1, 2) for nm in reversed(AGAIN)]
-    todo += [('alone', nm, replace(base, **lever), 0) for nm,(lever,_) in RUNGS.items()]
+    todo += [('alone', nm, replace(Recipe(), **lever), 0) for nm,(lever,_) in RUNGS.items()]
     for kind,nm,r,seed in [o for o in todo if o[1] not in res[o[0]]]:
         res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind != 'alone' else None, seed)
-        path.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+        write(res)
 
 if __name__ == '__main__': main()
