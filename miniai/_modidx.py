@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'miniai.accel._Share.__init__': ('accel.html#_share.__init__', 'miniai/accel.py'),
                               'miniai.accel._Share.__iter__': ('accel.html#_share.__iter__', 'miniai/accel.py'),
                               'miniai.accel._Share.__len__': ('accel.html#_share.__len__', 'miniai/accel.py'),
+                              'miniai.accel._accelerator': ('accel.html#_accelerator', 'miniai/accel.py'),
                               'miniai.accel._bare': ('accel.html#_bare', 'miniai/accel.py'),
                               'miniai.accel._check_same': ('accel.html#_check_same', 'miniai/accel.py'),
                               'miniai.accel._random_state': ('accel.html#_random_state', 'miniai/accel.py'),

@@ -190,20 +190,29 @@ class _AddUp(Callback):
             m.total,m.weights = self.acc.reduce(sums).unbind()
 
 # %% ../nbs/14_accel.ipynb #37a63fdd
+def _accelerator(mixed_precision, made=None):
+    "`made`, or a new one: accelerate has one precision for the whole process, and must forget it where another is asked for"
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    if AcceleratorState._shared_state.get('_mixed_precision', mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state()
+        made = None
+    return made or Accelerator(mixed_precision=mixed_precision)
+
 class AccelerateCB(_ScaledCB):
     "TrainCB on Hugging Face accelerate, which places, casts and steps; `fp16` needs CUDA, and is float32 with a warning elsewhere"
     def __init__(self,
         n_inp: int=1, # parts of the batch that go into the model
         mixed_precision: str='fp16' # 'no', 'fp16' or 'bf16'
     ):
-        from accelerate import Accelerator
         super().__init__(n_inp)
         if mixed_precision == 'fp16' and not torch.cuda.is_available():
             warnings.warn("fp16 needs CUDA, which is not here: AccelerateCB goes on in float32 (mixed_precision='no')", stacklevel=2)
             mixed_precision = 'no'
-        self.acc = Accelerator(mixed_precision=mixed_precision)
+        self.mixed_precision,self.acc = mixed_precision,_accelerator(mixed_precision)
 
     def before_fit(self, learn):
+        self.acc = _accelerator(self.mixed_precision, self.acc)
         for cb in learn.cbs:
             if isinstance(cb, DeviceCB) and torch.device(cb.device).type != self.acc.device.type:
                 raise ValueError(f'DeviceCB moves batches to {cb.device}, but accelerate works on {self.acc.device}: leave DeviceCB out of cbs')

@@ -100,6 +100,18 @@ def test_accelerate_and_a_device_elsewhere(model, dls):
     with pytest.raises(ValueError, match='leave DeviceCB out'): learn.fit(1)
     assert learn.model is model and learn.dls is dls
 
+def test_accelerate_with_one_precision_after_another(model, dls):
+    "accelerate itself refuses that; and the first callback must not take over the precision of the second"
+    class Look(Callback):
+        order = AccelerateCB.order+1
+        def after_predict(self, learn): self.dtype = learn.preds.dtype
+        def before_batch(self, learn): self.acc = next(cb.acc for cb in learn.cbs if isinstance(cb, AccelerateCB)).mixed_precision
+    first,second = AccelerateCB(mixed_precision='no'),AccelerateCB(mixed_precision='bf16')
+    for cb in (first, second, first, second, second):
+        learn = Learner(model, dls, cbs=[cb, look := Look()])
+        learn.fit(1)
+        assert look.acc == cb.mixed_precision and learn.model is model
+
 @pytest.mark.parametrize('cb', [TrainCB, partial(MixedPrecision, dtype=torch.float16), partial(AccelerateCB, mixed_precision='no')])
 def test_clipping_and_accumulation_go_with_every_engine(model, dls, cb):
     class Steps(Callback):
@@ -110,7 +122,7 @@ def test_clipping_and_accumulation_go_with_every_engine(model, dls, cb):
     Learner(model, DataLoaders(dls.train[:3], []), lr=1., cbs=cbs).fit(20, valid=False) # float16 begins with a scale that overflows
     end = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert 1 <= steps.n <= 20 and (steps.n == 20 or cb is not TrainCB)
-    torch.testing.assert_close((end-start).norm(), torch.tensor(1e-3*steps.n), atol=1e-6, rtol=1e-2)
+    torch.testing.assert_close((end.cpu()-start).norm(), torch.tensor(1e-3*steps.n), atol=1e-6, rtol=1e-2)
 
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 7, 50])
 def test_accumulation_is_one_large_batch(model, dls, n):

@@ -10,13 +10,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn, optim
 
 from miniai import ddpm
-from miniai.accel import AccelerateCB, EMACB, GradAccumCB, MixedPrecision
+from miniai.accel import AccelerateCB, EMACB, GradAccumCB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ddpm import Schedule, SpaceToDepth
 from miniai.fast_ddpm import (DDPMCB, NoiseFromV, UNet, VPredCB, ddim_step, ddim_steps, fast_unet, init_ddpm, min_snr, noisify,
                               sample, strides)
-from miniai.learner import DeviceCB, Learner, TrainCB
+from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, TrainCB
+from miniai.sgd import BatchSchedCB
 
 tiny = partial(UNet, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
                down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
@@ -180,7 +181,7 @@ def test_it_trains_as_the_ddpm_lesson_does():
 def test_it_goes_with_every_engine(cb, engine):
     set_seed(0)
     model,cb,ema = fast_unet((8, 16)),cb(Schedule.cosine()),EMACB(.9)
-    learn = Learner(model, small_set(), F.mse_loss, 1e-3, [engine(), DeviceCB('cpu'), cb, ema, GradAccumCB(2)], partial(optim.Adam, eps=1e-5))
+    learn = Learner(model, small_set(), F.mse_loss, 1e-3, [engine(), DeviceCB(), cb, ema, GradAccumCB(2)], partial(optim.Adam, eps=1e-5))
     learn.fit(2)
     assert learn.loss.isfinite() and learn.preds.shape == learn.batch[1].shape
     own = cb.sample(model, (2,1,16,16), 4, generator=torch.Generator().manual_seed(0))
@@ -209,3 +210,17 @@ def test_drawing_more_often_is_weighing_the_loss(gamma):
 @pytest.mark.parametrize('weights', [torch.ones(999), torch.zeros(1000), -torch.ones(1000), torch.full((1000,), torch.nan)])
 def test_weights_that_are_none(weights):
     with pytest.raises(ValueError, match='weights must be 1000 numbers'): DDPMCB(Schedule.linear(), weights)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='only a GPU can be waited for')
+@pytest.mark.parametrize('cb', [DDPMCB, lambda: VPredCB(Schedule.cosine(), min_snr(Schedule.cosine().ᾱ))], ids=['noise', 'v'])
+@pytest.mark.parametrize('engine', [TrainCB, lambda: MixedPrecision(dtype=torch.bfloat16)], ids=['float32', 'bfloat16'])
+def test_a_step_never_waits_for_the_gpu(cb, engine):
+    class Strict(Callback):
+        order = -100
+        def before_batch(self, learn): torch.cuda.set_sync_debug_mode('error' if learn.iter else 'default') # the first step moves things
+        def after_epoch(self, learn): torch.cuda.set_sync_debug_mode('default') # metrics are read then
+        def cleanup_fit(self, learn): torch.cuda.set_sync_debug_mode('default')
+    dl = TensorLoader(torch.rand(80, 1, 32, 32, device='cuda'), bs=16, shuffle=True)
+    sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=5))
+    cbs = [engine(), DeviceCB(), MetricsCB(), cb(), sched, GradClipCB(1.), EMACB(.9), Strict()]
+    Learner(fast_unet((8, 16)), DataLoaders(dl, dl), F.mse_loss, 1e-3, cbs, partial(optim.Adam, fused=True)).fit(1, valid=False)

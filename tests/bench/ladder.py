@@ -106,11 +106,11 @@ def net(r):
 class Clock(Callback):
     "Seconds of each training step, and the end of the fit after `steps` of them"
     order = 90
-    def __init__(self, steps): self.steps = steps
+    def __init__(self, steps, wait=True): self.steps,self.wait = steps,wait # wait for a GPU after each step?
     def before_fit(self, learn): self.secs,self.last = [],time.perf_counter()
     def after_batch(self, learn):
         if not learn.training: return
-        if def_device == 'cuda': torch.cuda.synchronize()
+        if self.wait and def_device == 'cuda': torch.cuda.synchronize()
         now = time.perf_counter()
         self.secs.append(now-self.last)
         self.last = now
@@ -118,14 +118,14 @@ class Clock(Callback):
     @property
     def median(self): return statistics.median_high(self.secs[len(self.secs)//4:]) # without the first ones
 
-def train(r, steps, dls, cbs=(), seed=0):
+def train(r, steps, dls, cbs=(), seed=0, wait=True):
     "A learner that did `steps` steps, its callback for the noise, its clock and its averages"
     set_seed(seed)
     model,noise = net(r),Schedule.cosine() if r.cosine_v else LINEAR
     ddpm = (VPredCB if r.cosine_v else DDPMCB)(noise, min_snr(noise.ᾱ) if r.min_snr else None)
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
-    clock,ema = Clock(steps),EMACB(.998)
-    own = [MixedPrecision() if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([GradClipCB(r.clip)] if r.clip else []), *([ema] if r.ema else [])]
+    clock,ema = Clock(steps, wait),EMACB(.998)
+    own = [MixedPrecision(dtype=torch.bfloat16) if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([GradClipCB(r.clip)] if r.clip else []), *([ema] if r.ema else [])]
     opt = partial(optim.Adam, eps=r.eps, fused=r.fused)
     learn = Learner(torch.compile(model) if r.compiled else model, dls, F.mse_loss, r.lr, [*own, *cbs], opt)
     learn.fit(-(-steps//len(dls.train)), valid=False)
