@@ -31,6 +31,7 @@ from .sgd import *
 from .resnet import *
 from .augment import *
 from .accel import *
+from .fid import *
 from .training import *
 
 # %% ../nbs/90_imports.ipynb #ca282f58

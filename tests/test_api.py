@@ -1,6 +1,6 @@
 """The names that notebooks written against the 2022 course import: they are there, with these parameters and defaults.
 
-More parameters may follow, with defaults. `miniai.fid` and `miniai.diffusion` are not built yet, and so not in the table.
+More parameters may follow, with defaults. `miniai.diffusion` is not built yet, and so not in the table.
 """
 import importlib, inspect, subprocess, sys
 from functools import reduce
@@ -90,6 +90,12 @@ augment      _rand_erase1        (x, pct, xm, xs, mn, mx)
 augment      _rand_copy1         (x, pct)
 accel        MixedPrecision      (n_inp=1)
 accel        AccelerateCB        (n_inp=1, mixed_precision='fp16')
+fid          ImageEval           (model, dls, cbs=None)
+fid          _calc_stats         (feats)
+fid          _calc_fid           (m1, c1, m2, c2)
+fid          _calc_kid           (x, y, maxs=50)
+fid          _squared_mmd        (x, y)
+fid          _sqrtm_newton_schulz (mat, num_iters=100)
 '''
 ROWS = [line.split(None, 2) for line in TABLE.strip().splitlines()]
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -143,7 +149,7 @@ assert def_device in ('cpu', 'cuda', 'mps', 'xpu')
 '''
     subprocess.run([sys.executable, '-c', code], check=True)
 
-@pytest.mark.parametrize('module', 'standin datasets training conv learner activations init sgd resnet augment accel dropout uncertainty ddpm'.split())
+@pytest.mark.parametrize('module', 'standin datasets training conv learner activations init sgd resnet augment accel fid dropout uncertainty ddpm'.split())
 def test_star_import_of_each_module_defines_what_it_names(module):
     "api.md, behaviour 15"
     m = importlib.import_module(f'miniai.{module}')

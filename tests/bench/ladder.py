@@ -3,13 +3,13 @@
     python tests/bench/ladder.py            # measure (more than an hour on two cores), then write the table and the chart
     python tests/bench/ladder.py --show     # only write them again, from what was measured
     python tests/bench/ladder.py --full 'Adam eps 1e-5, lr 5e-3'    # five epochs with all levers up to this one
+    python tests/bench/ladder.py --full '12 DDPM' --epochs 2        # the recipe of the notebook 12
 
 Every recipe trains for the same time, with a OneCycle schedule of as many steps as fit into it. It is judged by the mean
 squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
-own schedule and target are; padding does not count. The sums are judged by the Fréchet distance, too, between what the
-classifier of 10_dropout sees in 2,048 samples (DDIM, 25 steps) and in the test images: lower is better. One run each,
-with the same seed, and two sums with other seeds, to see what is chance. Results: tests/bench/ladder.json,
-nbs/images/ladder.png; weights and samples: _run/ladder.
+own schedule and target are; padding does not count. The sums are judged by FID and KID of 2,048 samples (DDIM, 25 steps),
+too (notebook 15). One run each, with the same seed, and two sums with other seeds, to see what is chance. Results:
+tests/bench/ladder.json, nbs/images/ladder.png; weights and samples: _run/ladder.
 """
 import argparse, json, os, platform, statistics, time
 from contextlib import contextmanager, nullcontext
@@ -26,10 +26,11 @@ from torch import optim
 from miniai.accel import CheckpointCB, EMACB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.conv import def_device
-from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float, to_tensors
+from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
 from miniai.ddpm import Schedule, SpaceToDepth, to_grid
 from miniai.dropout import trained_classifier
 from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm, min_snr
+from miniai.fid import ImageEval
 from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, TrainCB
 from miniai.sgd import BatchSchedCB
 
@@ -54,12 +55,14 @@ class Recipe:
     clip: float = None # length of the gradient, at most
     channels_last: bool = False
     fused: bool = False
-    cosine_v: bool = False
+    cosine: bool = False
+    v: bool = False
     min_snr: bool = False
     ema: bool = False
     mixed: bool = False
     compiled: bool = False
     batch: int = 128
+    beta2: float = .999 # of Adam
 
 RUNGS = { # in the order in which they are added up: the lever, and what it costs in clarity
     'images in memory': (dict(memory=True), 'nothing: another call'),
@@ -73,8 +76,8 @@ RUNGS = { # in the order in which they are added up: the lever, and what it cost
     'three sizes': (dict(chans=(16, 32, 64), groups=8), 'nothing: a number less'),
     'channels last': (dict(channels_last=True), 'one `.to`'),
     'fused Adam': (dict(fused=True), 'one argument'),
-    'cosine schedule, v': (dict(cosine_v=True), 'a page of mathematics, a callback, a wrapper'),
-    'middle steps more often': (dict(cosine_v=True, min_snr=True), 'a formula, and two lines'), # its weights are meant for v
+    'cosine schedule, v': (dict(cosine=True, v=True), 'a page of mathematics, a callback, a wrapper'),
+    'middle steps more often': (dict(cosine=True, v=True, min_snr=True), 'a formula, and two lines'), # its weights are meant for v
     'averaged weights': (dict(ema=True), 'one callback, and to sample with it'),
 }
 UNUSED = { # each measured on top of all of them, and left out
@@ -82,6 +85,12 @@ UNUSED = { # each measured on top of all of them, and left out
     'mixed precision': (dict(mixed=True), 'another callback'),
     'torch.compile': (dict(compiled=True), 'one call, and minutes of waiting'),
 }
+LONG = { # not for a minute: added up, too, for five epochs (`--full`)
+    'half the batch': (dict(batch=64, lr=8e-3, beta2=.99), 'three numbers'),
+    'twice as wide': (dict(chans=(32, 64, 128), lr=5e-3), 'three numbers'),
+}
+LESSON = dict(memory=True, chans=(16, 32, 64), groups=8, init=True, attention=False, layers=1, fold=2, eps=1e-5, beta2=.99, batch=64)
+LESSONS = {'12 DDPM': Recipe(**LESSON), '12 DDPM, cosine schedule': Recipe(**LESSON, cosine=True)} # its small network, for two epochs
 LEVERS = RUNGS | UNUSED
 NAMES = [FIRST, *LEVERS]
 AGAIN = 'fused Adam', 'averaged weights' # sums that are measured with two more seeds
@@ -121,13 +130,13 @@ class Clock(Callback):
 def train(r, steps, dls, cbs=(), seed=0, wait=True):
     "A learner that did `steps` steps, its callback for the noise, its clock and its averages"
     set_seed(seed)
-    model,noise = net(r),Schedule.cosine() if r.cosine_v else LINEAR
-    ddpm = (VPredCB if r.cosine_v else DDPMCB)(noise, min_snr(noise.ᾱ) if r.min_snr else None)
+    model,noise = net(r),Schedule.cosine() if r.cosine else LINEAR
+    ddpm = (VPredCB if r.v else DDPMCB)(noise, min_snr(noise.ᾱ) if r.min_snr else None)
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
     clock,ema = Clock(steps, wait),EMACB(.998)
     own = [MixedPrecision(dtype=torch.bfloat16) if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([GradClipCB(r.clip)] if r.clip else []), *([ema] if r.ema else [])]
-    opt = partial(optim.Adam, eps=r.eps, fused=r.fused)
-    learn = Learner(torch.compile(model) if r.compiled else model, dls, F.mse_loss, r.lr, [*own, *cbs], opt)
+    opt = partial(optim.Adam, betas=(.9, r.beta2), eps=r.eps, fused=r.fused)
+    learn = Learner(torch.compile(model, mode='reduce-overhead') if r.compiled else model, dls, F.mse_loss, r.lr, [*own, *cbs], opt)
     learn.fit(-(-steps//len(dls.train)), valid=False)
     learn.model = model
     return learn,ddpm,clock,ema
@@ -147,27 +156,18 @@ def noise_error(r, model, ddpm, dls):
     ε,levels = torch.randn(x0.shape, generator=gen).to(x0),LINEAR.ᾱ[torch.linspace(0, 999, len(x0)).round().long()]
     t = (ddpm.sched.ᾱ.cpu()[None]-levels[:,None]).abs().argmin(1).to(def_device)
     a = ddpm.sched.ᾱ.to(def_device)[t].view(-1, 1, 1, 1)
-    x_t,asks = a.sqrt()*x0 + (1-a).sqrt()*ε,NoiseFromV(model, ddpm.sched) if r.cosine_v else model
+    x_t,asks = a.sqrt()*x0 + (1-a).sqrt()*ε,NoiseFromV(model, ddpm.sched) if r.v else model
     model.eval()
     preds = torch.cat([asks(x, s) for x,s in zip(x_t.split(64), t.split(64))])
     return F.mse_loss(inner(preds, r.size), inner(ε, r.size)).item()
 
-class Judge:
-    "Fréchet distance between features of the classifier: of samples, and of the test images"
-    def __init__(self):
-        self.clf = trained_classifier(device=def_device)
-        self.train,test = [to_tensors(ds, def_device)[0] for ds in fashion_mnist().values()]
-        self.real = self.stats(test)
+@cache
+def judge(): return ImageEval(trained_classifier(device=def_device), in_memory(fashion_mnist(), 500, device=def_device))
 
-    @torch.no_grad()
-    def stats(self, images): # whole numbers up to 255, (n, 1, 28, 28)
-        feats = torch.cat([self.clf.features(to_float(x)) for x in images.to(def_device).split(500)]).double().cpu()
-        return feats.mean(0),torch.cov(feats.T)
-
-    def __call__(self, images): # as for `stats`
-        (m,c),(n,d) = self.stats(images),self.real
-        roots = torch.linalg.eigvals(c@d).real.clamp(min=0).sqrt()
-        return ((m-n)**2).sum().item() + (c.trace()+d.trace()-2*roots.sum()).item()
+def judged(samples):
+    "FID and KID of whole numbers up to 255, (n, 1, 28, 28)"
+    r = judge().report(samples/255)
+    return dict(n=r.n, fid=r.fid, kid=r.kid, kid_se=r.kid_se, floor=r.floor)
 
 def draw(r, model, ddpm, n=2048, steps=25, bs=256):
     "`n` samples as (n, 1, 28, 28) of whole numbers up to 255, and the seconds it took"
@@ -181,8 +181,8 @@ def keep(path, **tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: o.contiguous() for k,o in tensors.items()}, path)
 
-def measure(name, r, seconds, judge, seed=0):
-    "Train `r` for so many seconds, judge it (its samples only with a `judge`), and keep weights and samples"
+def measure(name, r, seconds, sampled, seed=0):
+    "Train `r` for so many seconds, judge it (its samples if `sampled`), and keep weights and samples"
     dls = loaders(r.memory, r.size, r.batch)
     steps = max(4, int(seconds/train(r, 4, dls)[2].median))
     learn,ddpm,clock,ema = train(r, steps, dls, seed=seed)
@@ -191,14 +191,14 @@ def measure(name, r, seconds, judge, seed=0):
                    parameters=sum(p.numel() for p in model.parameters()))
         path = KEPT/name.replace(': ', '-').replace(' ', '-')
         keep(path/'model.safetensors', **model.state_dict())
-        if judge:
+        if sampled:
             samples,res['sampling'] = draw(r, model, ddpm)
             keep(path/'samples.safetensors', samples=samples)
-            res['distance'] = judge(samples)
+            res |= judged(samples)
     print(name, res, flush=True)
     return res
 
-def full(name, n_epochs, n, steps, judge):
+def full(name, n_epochs, n, steps):
     "Train the sum up to `name` for whole epochs, with checkpoints from which a second call goes on; then judge `n` samples"
     r,folder = summed(name),KEPT/'full'/f'{n_epochs}-{name}'.replace(' ', '-')
     dls = loaders(r.memory, r.size, r.batch)
@@ -209,10 +209,11 @@ def full(name, n_epochs, n, steps, judge):
     sampler = f'DDIM {steps}' if steps else 'DDPM'
     keep(folder/f'{sampler}.safetensors', samples=samples)
     Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
-    res = dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, n=n, sampling=secs, distance=judge(samples))
-    if clock.secs: res['step'] = clock.median
     known = results()
-    known['full'][f'{name}, {n_epochs} epochs, {sampler}'] = res
+    res = known['full'].get(key := f'{name}, {n_epochs} epochs, {sampler}', {}) # a training that had ended is not timed again
+    res |= dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, sampling=secs) | judged(samples)
+    if len(clock.secs) > 9: res |= dict(step=clock.median, batch=r.batch)
+    known['full'][key] = res
     write(known)
     print(res, folder)
 
@@ -230,10 +231,11 @@ def summed(name):
     "The recipe with all levers up to `name`"
     r = Recipe()
     if name == FIRST: return r
-    for nm,(lever,_) in RUNGS.items():
+    if name in LESSONS: return LESSONS[name]
+    for nm,(lever,_) in (RUNGS | (LONG if name in LONG else {})).items():
         r = replace(r, **lever)
         if nm == name: return r
-    if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join(NAMES)}')
+    if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join([*NAMES, *LONG, *LESSONS])}')
     return replace(r, **UNUSED[name][0])
 
 def machine():
@@ -243,12 +245,21 @@ def machine():
 
 def table(res):
     "Markdown"
-    rows = ['| lever | sum: steps | s a step | error | distance | s to sample | alone: s a step | error | what it costs in clarity |', '|---'+'|--:'*7+'|---|']
+    rows = ['| lever | sum: steps | s a step | error | FID | s to sample | alone: s a step | error | what it costs in clarity |', '|---'+'|--:'*7+'|---|']
     def cells(o, **formats): return [f'{o[k]:{f}}' if k in o else '' for k,f in formats.items()]
     for nm in NAMES:
         total,alone = (res[kind].get(nm, {}) for kind in ('sum', 'alone'))
         _,cost = LEVERS.get(nm, ({}, ''))
-        rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', distance='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
+        rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', fid='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
+    return '\n'.join(rows)
+
+def full_table(res):
+    "Markdown"
+    rows = ['| recipe, epochs | batch | s a step | minutes of training | sampler, n | s to sample | FID | × floor | KID ± its error |', '|---|--:|--:|--:|---|--:|--:|--:|--:|']
+    for o in res['full'].values():
+        trained = [f"{o['batch']}", f"{o['step']:.2f}", f"{o['step']*o['epochs']*-(-60_000//o['batch'])/60:.0f}"] if 'step' in o else ['']*3
+        rows.append('| ' + ' | '.join([f"{o['recipe']}, {o['epochs']}", *trained, f"{o['sampler']}, {o['n']:,}", f"{o['sampling']:.0f}",
+            f"{o['fid']:.1f}", f"{o['fid']/o['floor']:.0f}", f"{o['kid']:.4f} ± {o['kid_se']:.4f}"]) + ' |')
     return '\n'.join(rows)
 
 def chart(res, path):
@@ -256,7 +267,7 @@ def chart(res, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(1, 3, figsize=(11, 5.4), sharey=True, layout='constrained')
-    panels = [('step', 'seconds a step of 128', 3.8), ('error', f"error of the noise after {res['seconds']:.0f} s", .2), ('distance', 'distance of 2,048 samples', 650)]
+    panels = [('step', 'seconds a step of 128', 3.8), ('error', f"error of the noise after {res['seconds']:.0f} s", .2), ('fid', 'FID of 2,048 samples', 650)]
     for ax,(key,title,most) in zip(axs, panels):
         for kind,shift in (('alone', .2), ('sum', -.2)):
             vals = {nm: o[key] for nm,o in res[kind].items() if key in o}
@@ -281,10 +292,10 @@ def main():
     ap.add_argument('--n', type=int, default=2048, help='samples of the full training, a multiple of 256')
     ap.add_argument('--steps', type=int, default=50, help='of DDIM; 0 for all of DDPM')
     args = ap.parse_args()
-    if args.full: return full(args.full, args.epochs, args.n, args.steps, Judge())
+    if args.full: return full(args.full, args.epochs, args.n, args.steps)
     if not args.show: climb(args.seconds)
     res = results()
-    print(table(res)); print(f"2,048 training images: distance {res['floor']:.2f}. {res['machine']}")
+    print(table(res), f"2,048 training images: FID {judge().floor(2048):.2f}. {res['machine']}", full_table(res), sep='\n\n')
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
 def results(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
@@ -292,13 +303,13 @@ def write(res): RESULTS.write_text(json.dumps(res, indent=1, ensure_ascii=False)
 
 def climb(seconds):
     "Measure every recipe, and write what is known after each; a second call goes on with what is missing"
-    judge,here,res = Judge(),dict(machine=machine(), seconds=seconds),results()
-    if {k: res.get(k) for k in here} != here: res = here | dict(alone={}, sum={}, again={}, floor=judge(judge.train[:2048]), full=res['full'])
+    here,res = dict(machine=machine(), seconds=seconds),results()
+    if {k: res.get(k) for k in here} != here: res = res | here | dict(alone={}, sum={}, again={})
     todo = [('sum', nm, summed(nm), 0) for nm in NAMES]
     todo += [('again', f'{nm}, seed {i}', summed(nm), i) for i in (1, 2) for nm in reversed(AGAIN)]
     todo += [('alone', nm, replace(Recipe(), **lever), 0) for nm,(lever,_) in RUNGS.items()]
     for kind,nm,r,seed in [o for o in todo if o[1] not in res[o[0]]]:
-        res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, judge if kind != 'alone' else None, seed)
+        res[kind][nm] = measure(f'{kind}: {nm}', r, seconds, kind != 'alone', seed)
         write(res)
 
 if __name__ == '__main__': main()

@@ -1,0 +1,211 @@
+"FID and KID against closed forms, scipy and torchmetrics; what ImageEval refuses, and what it leaves behind"
+import gc, math, warnings
+
+import numpy as np, pytest, scipy.linalg, torch
+import torch.nn.functional as F
+from torch import nn
+
+from miniai.accel import MixedPrecision
+from miniai.datasets import DataLoaders, TensorLoader, to_float
+from miniai.dropout import Classifier
+from miniai.fid import ImageEval, Inception, Report, _alike, _calc_fid, _calc_kid, _calc_stats, _mmd, _sqrtm_newton_schulz, _squared_mmd
+from miniai.learner import DeviceCB
+
+warns = pytest.mark.filterwarnings('ignore:.*samples are few')
+
+def spd(d, seed, n=None):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(n or 3*d, d, generator=gen, dtype=torch.float64).T.cov()
+
+def by_scipy(m1, c1, m2, c2):
+    "As the paper's own code does it"
+    root = scipy.linalg.sqrtm((c1@c2).numpy())
+    return ((m1-m2)**2).sum().item() + np.trace(c1.numpy()+c2.numpy()-2*root.real)
+
+# -- the distances
+
+@pytest.mark.parametrize('d', [1, 3, 40])
+def test_the_distance_is_that_of_scipy(d):
+    m1,m2 = torch.randn(2, d).double()
+    args = m1,spd(d, 1).view(d, d),m2,3*spd(d, 2).view(d, d)
+    assert _calc_fid(*args) == pytest.approx(by_scipy(*args), rel=1e-6)
+
+@pytest.mark.parametrize('d', [1, 5])
+def test_gaussians_that_share_axes_have_a_closed_form(d):
+    m1,m2,s1,s2 = torch.rand(4, d).double()
+    q = torch.linalg.qr(torch.randn(d, d).double())[0]
+    want = ((m1-m2)**2).sum() + ((s1-s2)**2).sum()
+    assert _calc_fid(m1, q@(s1**2).diag()@q.T, m2, q@(s2**2).diag()@q.T) == pytest.approx(want.item(), rel=1e-9)
+
+def test_the_estimate_of_known_gaussians_comes_near():
+    torch.manual_seed(0)
+    x,y = torch.randn(20_000, 4),torch.randn(20_000, 4)*2 + 1
+    assert _calc_fid(*_calc_stats(x), *_calc_stats(y)) == pytest.approx(4*1 + 4*1, rel=.03)
+
+@pytest.mark.parametrize('n', [2, 5, 30])
+def test_fewer_images_than_features(n):
+    torch.manual_seed(n)
+    x,y = torch.randn(n, 64),torch.randn(n, 64)
+    a,b = _calc_stats(x),_calc_stats(y)
+    assert _calc_fid(*a, *a) == pytest.approx(0, abs=1e-6)
+    assert _calc_fid(*a, *b) == pytest.approx(by_scipy(*a, *b), rel=1e-3)
+    assert _calc_fid(*a, *b) == pytest.approx(_calc_fid(*b, *a), rel=1e-6)
+
+def test_constant_features():
+    zero,one = _calc_stats(torch.zeros(5, 3)),_calc_stats(torch.ones(9, 3))
+    assert _calc_fid(*zero, *zero) == 0 and _calc_fid(*zero, *one) == 3
+
+def test_the_root_squared_is_the_matrix():
+    a = spd(10, 3, 100)
+    root = _sqrtm_newton_schulz(a)
+    torch.testing.assert_close(root@root, a)
+    torch.testing.assert_close(root, torch.from_numpy(scipy.linalg.sqrtm(a.numpy())))
+
+def test_mmd_pair_by_pair():
+    torch.manual_seed(1)
+    x,y = torch.randn(6, 3).double(),torch.randn(4, 3).double()
+    def k(a, b): return (a@b/3 + 1)**3
+    want = (sum(k(x[i], x[j]) for i in range(6) for j in range(6) if i != j)/30 + sum(k(y[i], y[j]) for i in range(4) for j in range(4) if i != j)/12
+            - 2*sum(k(a, b) for a in x for b in y)/24)
+    assert _squared_mmd(x, y) == pytest.approx(want.item())
+    assert _mmd(x, y, _alike(y)) == _mmd(x, y)
+
+def test_kid_needs_enough_images():
+    with pytest.raises(ValueError, match='3 images are too few for 4 blocks'): _calc_kid(torch.randn(3, 2), torch.randn(50, 2))
+
+# -- ImageEval
+
+class Net(nn.Module):
+    "Ten features of an image in [0, 1]; 4-dimensional, as the 2022 course's models give them"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.lin,self.drop = nn.Linear(784, 10),nn.Dropout(.5)
+    def forward(self, x): return self.drop(self.lin(x.flatten(1)).relu())[..., None, None]
+
+def images(n, seed=0):
+    x = torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(seed))**3
+    x[..., :3] = 0
+    return x
+
+@pytest.fixture
+def dls():
+    bytes_ = (images(1500, 9)*255).byte()
+    return DataLoaders(TensorLoader(bytes_[:1100], torch.zeros(1100), bs=50, shuffle=True, x_tfm=to_float), TensorLoader(bytes_[1100:], torch.zeros(400), bs=64, x_tfm=to_float))
+
+@pytest.fixture
+def ie(dls): return ImageEval(Net(), dls)
+
+def test_what_it_keeps(ie):
+    assert ie.feats.shape == (400, 10) and ie.stats[0].shape == (10,) and ie.stats[1].shape == (10, 10)
+    assert ie.get_feats(images(3)).shape == (3, 10)
+
+@warns
+def test_the_same_images_in_any_order_and_batches(ie):
+    x,y = images(300),torch.cat([o for o,_ in ie.learn.dls.valid])
+    assert ie.fid(y) == pytest.approx(0, abs=1e-6) == ie.fid(y[torch.randperm(400)])
+    for other in (x.flip(0), x.split(1), [x[:7], x[7:]], (o for o in x.split(100))): assert ie.fid(other) == pytest.approx(ie.fid(x), rel=1e-4)
+    assert ie.kid(x.flip(0)) == pytest.approx(ie.kid(x), abs=1e-6)
+    feats = ie.get_feats(x)
+    assert ie.fid(x) == pytest.approx(by_scipy(*ie.stats, *_calc_stats(feats)), rel=1e-5) and ie.kid(x) == pytest.approx(_squared_mmd(feats, ie.feats), abs=1e-9)
+
+@warns
+@pytest.mark.parametrize('lo, pad', [(None, 0), (0, 0), (-1, 0), (0, 2), (-1, 2)])
+def test_however_the_samples_are(dls, ie, lo, pad):
+    x = images(200)
+    said = F.pad(x if lo != -1 else x*2-1, [pad]*4, value=lo or 0)
+    assert ImageEval(Net(), dls, lo=lo, pad=pad).fid(said) == pytest.approx(ie.fid(x), rel=1e-4)
+
+@warns
+def test_a_judge_that_learnt_from_images_between_minus_one_and_one(ie):
+    "As the 2022 course's: padded, from -1 to 1, and samples are like that"
+    x,y = (F.pad(o*2-1, [2]*4, value=-1) for o in (images(200), torch.cat([o for o,_ in ie.learn.dls.valid])))
+    class Net32(Net):
+        def forward(self, x): return super().forward((x[..., 2:-2, 2:-2]+1)/2)
+    theirs = ImageEval(Net32(), DataLoaders([], [(y, torch.zeros(400))]), cbs=[DeviceCB()])
+    assert theirs.fid(x) == pytest.approx(ie.fid(images(200)), rel=1e-4)
+    assert ImageEval(Net32(), DataLoaders([], [(y, y)]), lo=-1).fid(x) == pytest.approx(theirs.fid(x), rel=1e-4)
+
+def nan(k):
+    x = images(20)
+    x[:k, 0, 5, 5] = math.nan
+    return x
+
+@pytest.mark.parametrize('samples, error, message', [
+    (F.pad(images(20), [2]*4), ValueError, r'\(1, 32, 32\), the images in dls \(1, 28, 28\): say pad=2'),
+    (images(20)*2-1, ValueError, 'from -1.00 to 1.00, not from 0 to 1'),
+    (images(20)*255, ValueError, 'which value is black'),
+    (images(20).expand(-1, 3, -1, -1), ValueError, r'\(3, 28, 28\)'),
+    ((images(20)*255).byte(), TypeError, 'torch.uint8'),
+    (images(20)[0], TypeError, r'\(1, 28, 28\)'),
+    (np.zeros((2, 1, 28, 28)), TypeError, 'samples are images in floating point'),
+    (nan(3), ValueError, '3 of 20 samples'),
+    (images(1), ValueError, 'at least two images'),
+    ([], ValueError, 'gave no batch'),
+])
+@warns
+def test_what_does_not_fit_is_an_error_and_nothing_is_left_of_it(ie, samples, error, message):
+    dls,before = ie.learn.dls,ie.fid(images(50))
+    for f in (ie.fid, ie.report):
+        with pytest.raises(error, match=message): f(samples)
+    assert ie.learn.dls is dls and ie.fid(images(50)) == before
+
+def test_dark_samples_that_were_said_to_have_a_darker_black(dls):
+    with pytest.raises(ValueError, match='from 0.00 to 1.00, not from -1 to 1'): ImageEval(Net(), dls, lo=-1).fid(images(20))
+
+def test_a_model_that_gives_nan(dls):
+    class Bad(Net):
+        def forward(self, x): return super().forward(x)/0
+    with pytest.raises(ValueError, match='of 400 rows of features have values that are not finite'): ImageEval(Bad(), dls)
+
+def test_few_samples_warn(ie):
+    with pytest.warns(UserWarning, match='999 samples are few'): ie.fid(images(999))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ie.fid(images(1000)); ie.kid(images(1000)); ie.report(images(1000))
+
+def test_a_report_says_what_was_measured_with_what(ie):
+    x = images(1000)
+    r = ie.report(x, 'a test')
+    assert isinstance(r, Report) and (r.fid, r.kid, r.n, r.floor) == (ie.fid(x), ie.kid(x), 1000, ie.floor(1000)) and r.kid_se > 0
+    for part in (f'FID {r.fid:.1f}', f'the floor of {r.floor:.2f}', f'KID {r.kid:.4f} ± {r.kid_se:.4f}', 'n=1,000', 'Net, 10 features', '400 images of dls.valid', 'a test'): assert part in str(r)
+
+def test_the_floor_is_of_as_many_training_images(ie):
+    state = torch.get_rng_state()
+    floor = ie.floor(1000)
+    assert torch.equal(state, torch.get_rng_state()) and floor == ie.floor(1000) == ImageEval(Net(), ie.learn.dls).floor(1000)
+    assert 0 < floor < ie.floor(100)
+    with pytest.raises(ValueError, match='only 1,100 images'): ie.floor(1101)
+
+@warns
+def test_nothing_of_the_images_is_kept(ie):
+    def alive(): return [o.shape for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.ndim == 4 and o.shape[-1] == 28 and o.dtype == torch.float32]
+    gc.collect()
+    before = alive()
+    ie.fid(images(77)); ie.report(images(77))
+    gc.collect()
+    assert len(alive()) == len(before)
+
+@warns
+def test_callbacks_and_the_mode_of_the_model(dls, ie):
+    model = Net().train()
+    with pytest.warns(UserWarning, match='mixed precision'): other = ImageEval(model, dls, cbs=[DeviceCB('cpu'), MixedPrecision(dtype=torch.bfloat16)])
+    with pytest.warns(UserWarning, match='mixed precision'): assert other.fid(images(200)) == pytest.approx(ie.fid(images(200)), rel=.05)
+    assert model.training and other.feats.dtype == torch.float32
+
+def test_a_classifier_gives_its_features_without_its_last_layers(dls):
+    clf = Classifier(nfs=(4, 8, 16)).eval()
+    ie,x = ImageEval(clf, dls),images(5)
+    assert ie.extractor == 'Classifier, 16 features'
+    with torch.no_grad(): torch.testing.assert_close(ie.get_feats(x), clf.features(x))
+
+def test_inception_without_its_weights(monkeypatch):
+    from urllib.error import URLError
+    from torchvision.models import Inception_V3_Weights
+    asked = []
+    def offline(self, **kw):
+        asked.append(kw)
+        raise URLError('no network')
+    monkeypatch.setattr(Inception_V3_Weights, 'get_state_dict', offline)
+    with pytest.raises(RuntimeError, match='weights of Inception v3 are not here.*no network'): Inception()
+    assert asked == [dict(progress=True, check_hash=True, weights_only=True)]
