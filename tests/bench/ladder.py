@@ -210,9 +210,10 @@ def full(name, n_epochs, n, steps):
     keep(folder/f'{sampler}.safetensors', samples=samples)
     Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
     known = results()
-    res = known['full'].get(key := f'{name}, {n_epochs} epochs, {sampler}', {}) # a training that had ended is not timed again
+    key = f'{name}, {n_epochs} epochs, {sampler}'
+    before = [o for o in known['full'].values() if (o['recipe'], o['epochs']) == (name, n_epochs)] # a training that had ended is not timed again
+    res = dict(step=before[0]['step'] if before else clock.median, batch=r.batch)
     res |= dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, sampling=secs) | judged(samples)
-    if len(clock.secs) > 9: res |= dict(step=clock.median, batch=r.batch)
     known['full'][key] = res
     write(known)
     print(res, folder)
@@ -253,13 +254,14 @@ def table(res):
         rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', fid='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
     return '\n'.join(rows)
 
-def full_table(res):
-    "Markdown"
-    rows = ['| recipe, epochs | batch | s a step | minutes of training | sampler, n | s to sample | FID | × floor | KID ± its error |', '|---|--:|--:|--:|---|--:|--:|--:|--:|']
-    for o in res['full'].values():
-        trained = [f"{o['batch']}", f"{o['step']:.2f}", f"{o['step']*o['epochs']*-(-60_000//o['batch'])/60:.0f}"] if 'step' in o else ['']*3
-        rows.append('| ' + ' | '.join([f"{o['recipe']}, {o['epochs']}", *trained, f"{o['sampler']}, {o['n']:,}", f"{o['sampling']:.0f}",
-            f"{o['fid']:.1f}", f"{o['fid']/o['floor']:.0f}", f"{o['kid']:.4f} ± {o['kid_se']:.4f}"]) + ' |')
+def figures(res, kinds=('sum', 'full')):
+    "Markdown: all that was sampled from, with training, sampler and floor"
+    rows = ['| recipe | trained for | minutes | sampler | s to sample | n | FID | × floor | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|']
+    found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()] if 'sum' in kinds else []
+    if 'full' in kinds: found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
+    for o in found:
+        rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']/60:.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
+                    f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
     return '\n'.join(rows)
 
 def chart(res, path):
@@ -295,7 +297,7 @@ def main():
     if args.full: return full(args.full, args.epochs, args.n, args.steps)
     if not args.show: climb(args.seconds)
     res = results()
-    print(table(res), f"2,048 training images: FID {judge().floor(2048):.2f}. {res['machine']}", full_table(res), sep='\n\n')
+    print(table(res), f"2,048 training images: FID {judge().floor(2048):.2f}. {res['machine']}", figures(res), sep='\n\n')
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
 def results(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
