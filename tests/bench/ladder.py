@@ -57,7 +57,7 @@ class Recipe:
     fused: bool = False
     cosine: bool = False
     v: bool = False
-    min_snr: bool = False
+    gamma: float = None # of `min_snr`; all steps alike if `None`
     ema: bool = False
     mixed: bool = False
     compiled: bool = False
@@ -77,7 +77,7 @@ RUNGS = { # in the order in which they are added up: the lever, and what it cost
     'channels last': (dict(channels_last=True), 'one `.to`'),
     'fused Adam': (dict(fused=True), 'one argument'),
     'cosine schedule, v': (dict(cosine=True, v=True), 'a page of mathematics, a callback, a wrapper'),
-    'middle steps more often': (dict(cosine=True, v=True, min_snr=True), 'a formula, and two lines'), # its weights are meant for v
+    'middle steps more often': (dict(cosine=True, v=True, gamma=5.), 'a formula, and two lines'), # its weights are meant for v
     'averaged weights': (dict(ema=True), 'one callback, and to sample with it'),
 }
 UNUSED = { # each measured on top of all of them, and left out
@@ -87,7 +87,9 @@ UNUSED = { # each measured on top of all of them, and left out
 }
 LONG = { # not for a minute: added up, too, for five epochs (`--full`)
     'half the batch': (dict(batch=64, lr=8e-3, beta2=.99), 'three numbers'),
-    'twice as wide': (dict(chans=(32, 64, 128), lr=5e-3), 'three numbers'),
+    'early steps, too': (dict(gamma=50.), 'a number'),
+    'twice as wide': (dict(chans=(32, 64, 128), lr=5e-3, gamma=5.), 'three numbers'), # without the last one
+    'twice as wide, batches of 128': (dict(batch=128, beta2=.999), 'two numbers'),
 }
 LESSON = dict(memory=True, chans=(16, 32, 64), groups=8, init=True, attention=False, layers=1, fold=2, eps=1e-5, beta2=.99, batch=64)
 LESSONS = {'12 DDPM': Recipe(**LESSON), '12 DDPM, cosine schedule': Recipe(**LESSON, cosine=True)} # its small network, for two epochs
@@ -131,7 +133,7 @@ def train(r, steps, dls, cbs=(), seed=0, wait=True):
     "A learner that did `steps` steps, its callback for the noise, its clock and its averages"
     set_seed(seed)
     model,noise = net(r),Schedule.cosine() if r.cosine else LINEAR
-    ddpm = (VPredCB if r.v else DDPMCB)(noise, min_snr(noise.ᾱ) if r.min_snr else None)
+    ddpm = (VPredCB if r.v else DDPMCB)(noise, min_snr(noise.ᾱ, r.gamma) if r.gamma else None)
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
     clock,ema = Clock(steps, wait),EMACB(.998)
     own = [MixedPrecision(dtype=torch.bfloat16) if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([GradClipCB(r.clip)] if r.clip else []), *([ema] if r.ema else [])]
@@ -214,6 +216,7 @@ def full(name, n_epochs, n, steps):
     before = [o for o in known['full'].values() if (o['recipe'], o['epochs']) == (name, n_epochs)] # a training that had ended is not timed again
     res = dict(step=before[0]['step'] if before else clock.median, batch=r.batch)
     res |= dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, sampling=secs) | judged(samples)
+    res['clean'] = judged(torch.where(samples < 12, 0, samples))['fid'] # what is nearly black is made black
     known['full'][key] = res
     write(known)
     print(res, folder)
@@ -256,12 +259,12 @@ def table(res):
 
 def figures(res, kinds=('sum', 'full')):
     "Markdown: all that was sampled from, with training, sampler and floor"
-    rows = ['| recipe | trained for | minutes | sampler | s to sample | n | FID | × floor | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|']
+    rows = ['| recipe | trained for | minutes | sampler | s to sample | n | FID | × floor | with a clean background | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|--:|']
     found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()] if 'sum' in kinds else []
     if 'full' in kinds: found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
     for o in found:
         rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']/60:.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
-                    f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
+                    f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {format(o['clean'], '.1f') if 'clean' in o else ''} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
     return '\n'.join(rows)
 
 def chart(res, path):
