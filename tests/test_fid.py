@@ -179,7 +179,7 @@ def test_the_floor_is_of_as_many_training_images(ie):
 
 @warns
 def test_nothing_of_the_images_is_kept(ie):
-    def alive(): return [o.shape for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.ndim == 4 and o.shape[-1] == 28 and o.dtype == torch.float32]
+    def alive(): return [o.shape for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.ndim == 4 and o.shape[-1] == 28 and o.dtype == torch.float32]
     gc.collect()
     before = alive()
     ie.fid(images(77)); ie.report(images(77))
@@ -197,7 +197,7 @@ def test_a_classifier_gives_its_features_without_its_last_layers(dls):
     clf = Classifier(nfs=(4, 8, 16)).eval()
     ie,x = ImageEval(clf, dls),images(5)
     assert ie.extractor == 'Classifier, 16 features'
-    with torch.no_grad(): torch.testing.assert_close(ie.get_feats(x), clf.features(x))
+    with torch.no_grad(): torch.testing.assert_close(ie.get_feats(x), clf.features(x), atol=1e-3, rtol=1e-3)
 
 def test_inception_without_its_weights(monkeypatch):
     from urllib.error import URLError
