@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Report', 'ImageEval', 'Inception']
 
-# %% ../nbs/15_fid.ipynb #7c5b3f21
+# %% ../nbs/15_fid.ipynb #d5cadb72
 import math, warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +87,13 @@ def _calc_kid(
     if min(len(x), len(y)) < 2*n: raise ValueError(f'{min(len(x), len(y))} images are too few for {n} blocks of at least two')
     return sum(_squared_mmd(*o) for o in zip(x.tensor_split(n), y.tensor_split(n)))/n
 
-# %% ../nbs/15_fid.ipynb #bbc0dac8
+# %% ../nbs/15_fid.ipynb #e66d5f25
 def _check_range(x, lo, hi):
     "Images that are said to run from `lo` to `hi` do so, nearly"
-    a,b,slack = x.min().item(),x.max().item(),(hi-lo)/2
+    a,b,slack = x.min().item(),x.max().item(),(hi-lo)/4
     said = f'they run from {a:.2f} to {b:.2f}, not from {lo:g} to {hi:g}'
-    if a < lo-slack or b > hi+slack or a > lo+slack/2:
-        raise ValueError(f'the samples are not what they were said to be: {said}. Say which value is black in them: ImageEval(…, lo=0) or lo=-1')
+    if a < lo-slack or b > hi+slack or a > lo+slack:
+        raise ValueError(f'the samples are not what they were said to be: {said}. Say which value is black in them, ImageEval(…, lo=0) or lo=-1; whole numbers up to 255 are to be divided by 255')
 
 def _whole(v): return float(round(v)) if abs(v-round(v)) < .02 else v # a batch may just miss white
 
@@ -116,7 +117,7 @@ class Report:
         return (f'FID {self.fid:.1f} ({self.fid/self.floor if self.floor else math.inf:.1f} × the floor of {self.floor:.2f}), KID {self.kid:.4f} ± {self.kid_se:.4f} '
                 f'| n={self.n:,} | {self.extractor} | against {self.reference}' + (f' | {self.sampler}' if self.sampler else ''))
 
-# %% ../nbs/15_fid.ipynb #57ae930f
+# %% ../nbs/15_fid.ipynb #8dfa864e
 class ImageEval:
     "Compares samples with the images of `dls.valid`, by the features that `model` finds in them: FID and KID"
     def __init__(self,
@@ -126,12 +127,17 @@ class ImageEval:
         lo: float=None, # black in the samples, where white is 1: 0 or -1; `None`: they are as in `dls`
         pad: int=0 # pixels at each side of the samples that `dls` does not have; they are cut off
     ):
+        if lo not in (None, 0, -1): raise ValueError(f'lo is the value of black in the samples, 0 or -1 (or None, if they are as in dls), not {lo}')
+        if not isinstance(model, nn.Module): raise TypeError(f'the model must be an nn.Module that makes features (n, d) of images, not a {type(model).__name__}')
         self.lo,self.pad,self._floors = lo,pad,{}
-        self.extractor = type(model).__name__
+        self.extractor,learnt = type(model).__name__,isinstance(model, Classifier)
         model = model[:-3] if isinstance(model, Classifier) else model
         self.learn = TrainLearner(model, dls, noop, cbs=DeviceCB() if cbs is None else cbs, opt_func=None)
         ims = first_tensor(next(iter(dls.valid)))
         self.shape,self.range = tuple(ims.shape[1:]),tuple(_whole(o.item()) for o in (ims.min(), ims.max()))
+        if learnt and (self.shape[-2:] != (28, 28) or self.range[0] < 0):
+            raise ValueError(f'a Classifier learnt from images of 28×28, from 0 to 1, but those in dls are {self.shape}, from {self.range[0]:g}: '
+                             'make dls with in_memory(dd, bs), and say with lo and pad how the samples are')
         self.feats = self._predict(dls.valid)
         self.extractor += f', {self.feats.shape[1]} features'
         self.stats = _calc_stats(self.feats)
@@ -139,9 +145,11 @@ class ImageEval:
     def _predict(self, batches):
         dls = self.learn.dls
         self.learn.dls = DataLoaders([], ((x, x.new_zeros(len(x))) for x in map(first_tensor, batches)))
-        try: feats = self.learn.capture_preds()[0].float().flatten(1)
+        try: feats = self.learn.capture_preds()[0]
         finally:
             self.learn.dls,self.learn.batch,self.learn.preds,self.learn.loss = dls,None,None,None # no image is kept
+        if not isinstance(feats, torch.Tensor) or feats.ndim < 2: raise TypeError('the model must make features (n, d) of images (n, c, h, w)')
+        feats = feats.float().flatten(1)
         _check_finite(feats, 'rows of features')
         return feats
 
@@ -149,23 +157,26 @@ class ImageEval:
         "Samples as the images in `dls` are"
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point():
             what = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f'samples are images in floating point, (n, channels, h, w), or an iterable of such batches, not {what}')
+            raise TypeError(f'samples are images in floating point, (n, channels, h, w), or an iterable of such batches, not {what} (see torch.from_numpy, torch.stack)')
+        if not len(x): raise ValueError('there are no samples')
         if self.pad: x = x[..., self.pad:-self.pad, self.pad:-self.pad]
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f'the samples are {tuple(x.shape[1:])}{f" without {self.pad} pixels at each side" if self.pad else ""}, '
-                             f'the images in dls {self.shape}: say pad=2 to ImageEval if they are 32×32 for 28×28')
+            raise ValueError(f'the samples are {tuple(x.shape[1:])}{f" without {self.pad} pixels at each side" if self.pad else ""}, the images in dls {self.shape}: '
+                             'ImageEval(…, pad=2) cuts 2 pixels off at each side, of samples of 32×32 for images of 28×28')
         _check_finite(x, 'samples')
         (a,b),(lo,hi) = self.range,self.range if self.lo is None else (self.lo, 1.)
         _check_range(x, lo, hi)
-        x = x.clamp(lo, hi)
+        x = x.float().clamp(lo, hi)
         return x if self.lo is None else (x-lo)*((b-a)/(hi-lo)) + a
 
     def get_feats(self,
         samp: torch.Tensor|Iterable # (n, c, h, w), or batches of them; a little beyond black and white is cut off
     ) -> torch.Tensor: # (n, d), on the CPU
         "Features of samples; errors: shape, range or type do not fit, or something is not finite"
-        batches = [samp] if isinstance(samp, torch.Tensor) else samp
-        return self._predict(o for x in batches for o in self._like_dls(x).split(500))
+        batches = iter([samp] if isinstance(samp, torch.Tensor) else samp)
+        first = next(batches, None)
+        if first is None: raise ValueError('there are no samples')
+        return self._predict(o for x in chain([first], batches) for o in self._like_dls(x).split(500))
 
     def _fid(self, feats): return _calc_fid(*self.stats, *_calc_stats(feats))
     def fid(self, samp: torch.Tensor|Iterable) -> float:
@@ -183,6 +194,7 @@ class ImageEval:
         n: int # how many
     ) -> float:
         "`fid` of `n` images of `dls.train`, always the same ones"
+        if n < 2: raise ValueError(f'the floor is that of at least two images, not {n}')
         if n not in self._floors:
             with torch.random.fork_rng(): # the loader may shuffle
                 torch.manual_seed(0)

@@ -132,7 +132,7 @@ def nan(k):
     return x
 
 @pytest.mark.parametrize('samples, error, message', [
-    (F.pad(images(20), [2]*4), ValueError, r'\(1, 32, 32\), the images in dls \(1, 28, 28\): say pad=2'),
+    (F.pad(images(20), [2]*4), ValueError, r'\(1, 32, 32\), the images in dls \(1, 28, 28\): .*pad=2'),
     (images(20)*2-1, ValueError, 'from -1.00 to 1.00, not from 0 to 1'),
     (images(20)*255, ValueError, 'which value is black'),
     (images(20).expand(-1, 3, -1, -1), ValueError, r'\(3, 28, 28\)'),
@@ -141,7 +141,12 @@ def nan(k):
     (np.zeros((2, 1, 28, 28)), TypeError, 'samples are images in floating point'),
     (nan(3), ValueError, '3 of 20 samples'),
     (images(1), ValueError, 'at least two images'),
-    ([], ValueError, 'gave no batch'),
+    ([], ValueError, 'there are no samples'),
+    (images(0), ValueError, 'there are no samples'),
+    (iter([images(5), images(0)]), ValueError, 'there are no samples'),
+    (images(20)-.5, ValueError, 'which value is black'),
+    (images(20)*1.5, ValueError, 'which value is black'),
+    ([torch.zeros(1, 28, 28)]*3, TypeError, 'torch.stack'),
 ])
 @warns
 def test_what_does_not_fit_is_an_error_and_nothing_is_left_of_it(ie, samples, error, message):
@@ -149,6 +154,20 @@ def test_what_does_not_fit_is_an_error_and_nothing_is_left_of_it(ie, samples, er
     for f in (ie.fid, ie.report):
         with pytest.raises(error, match=message): f(samples)
     assert ie.learn.dls is dls and ie.fid(images(50)) == before
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+@warns
+def test_other_floating_point(ie, dtype): assert ie.fid(images(200).to(dtype)) == pytest.approx(ie.fid(images(200)), rel=.02)
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(model=Net().lin.forward), TypeError, 'an nn.Module that makes features'),
+    (dict(lo=1), ValueError, '0 or -1'),
+    (dict(model=nn.Sequential(nn.Flatten(0))), TypeError, r'features \(n, d\)'),
+    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(images(9)*2-1, torch.zeros(9))])), ValueError, 'learnt from images of 28×28, from 0 to 1'),
+    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(F.pad(images(9), [2]*4), torch.zeros(9))])), ValueError, r'\(1, 32, 32\)'),
+])
+def test_what_cannot_judge(dls, kwargs, error, message):
+    with pytest.raises(error, match=message): ImageEval(**dict(model=Net(), dls=dls) | kwargs)
 
 def test_dark_samples_that_were_said_to_have_a_darker_black(dls):
     with pytest.raises(ValueError, match='from 0.00 to 1.00, not from -1 to 1'): ImageEval(Net(), dls, lo=-1).fid(images(20))
@@ -176,6 +195,7 @@ def test_the_floor_is_of_as_many_training_images(ie):
     assert torch.equal(state, torch.get_rng_state()) and floor == ie.floor(1000) == ImageEval(Net(), ie.learn.dls).floor(1000)
     assert 0 < floor < ie.floor(100)
     with pytest.raises(ValueError, match='only 1,100 images'): ie.floor(1101)
+    with pytest.raises(ValueError, match='at least two images'): ie.floor(1)
 
 @warns
 def test_nothing_of_the_images_is_kept(ie):
