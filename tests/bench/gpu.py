@@ -103,17 +103,17 @@ def summary(p):
     share = lambda spans: sum(min(b, total)-a for a,b in spans if a < total)/total
     return dict(gpu=share(p['gpu']), loader=share(p['loader']), ms=total/len(p['steps']), waits=p['waits'])
 
-def chart(profiles, path, n=4):
+def chart(profiles, path, ms=120):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(len(profiles), 1, figsize=(11, 1.5*len(profiles)), squeeze=False, layout='constrained')
-    for ax,(name,p) in zip(axs[:,0], profiles.items()):
+    fig,axs = plt.subplots(len(profiles), 1, figsize=(11, 1.4*len(profiles)), sharex=True, layout='constrained')
+    for ax,(name,p) in zip(axs, profiles.items()):
         for y,(key,color) in enumerate((('loader', 'C3'), ('steps', 'C0'), ('gpu', 'C2'))):
-            ax.broken_barh([(a, b-a) for a,b in p[key] if a < p['steps'][n-1][1]], (y-.35, .7), color=color, edgecolor='w' if key == 'steps' else 'none', lw=.8)
-        ax.set_yticks(range(3), ['loader', 'Python, step by step', 'GPU']); ax.set_xlim(0, p['steps'][n-1][1]); ax.invert_yaxis()
+            ax.broken_barh([(a, b-a) for a,b in p[key] if a < ms], (y-.35, .7), color=color, edgecolor='w' if key == 'steps' else 'none', lw=.8)
+        ax.set_yticks(range(3), ['loader', 'Python, step by step', 'GPU']); ax.set_xlim(0, ms); ax.invert_yaxis()
         ax.set_title(name, size=9)
-    axs[-1,0].set_xlabel('ms')
+    axs[-1].set_xlabel('ms')
     fig.savefig(path, dpi=80)
 
 def main():
