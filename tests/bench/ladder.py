@@ -259,11 +259,11 @@ def table(res):
 
 def figures(res, kinds=('sum', 'full')):
     "Markdown: all that was sampled from, with training, sampler and floor"
-    rows = ['| recipe | trained for | minutes | sampler | s to sample | n | FID | × floor | with a clean background | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|--:|']
+    rows = ['| recipe | trained for | in s | sampler | s to sample | n | FID | × floor | with a clean background | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|--:|']
     found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()] if 'sum' in kinds else []
     if 'full' in kinds: found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
     for o in found:
-        rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']/60:.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
+        rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']:,.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
                     f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {format(o['clean'], '.1f') if 'clean' in o else ''} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
     return '\n'.join(rows)
 
