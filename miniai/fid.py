@@ -38,9 +38,10 @@ def _sqrtm_newton_schulz(
 ) -> torch.Tensor: # (d, d), which squared is `mat`
     "The square root of a matrix, by multiplications only (Higham 2008, equation 6.35)"
     size = mat.norm() # so that it begins near enough
-    y,z = mat/size,torch.eye(len(mat), dtype=mat.dtype, device=mat.device)
+    eye = torch.eye(len(mat), dtype=mat.dtype, device=mat.device)
+    y,z = mat/size,eye
     for _ in range(num_iters):
-        t = (3*torch.eye(len(mat), dtype=mat.dtype, device=mat.device) - z@y)/2
+        t = (3*eye - z@y)/2
         y,z = y@t,t@z
     return y*size.sqrt()
 
@@ -130,16 +131,15 @@ class ImageEval:
         if lo not in (None, 0, -1): raise ValueError(f'lo is the value of black in the samples, 0 or -1 (or None, if they are as in dls), not {lo}')
         if not isinstance(model, nn.Module): raise TypeError(f'the model must be an nn.Module that makes features (n, d) of images, not a {type(model).__name__}')
         self.lo,self.pad,self._floors = lo,pad,{}
-        self.extractor,learnt = type(model).__name__,isinstance(model, Classifier)
-        model = model[:-3] if isinstance(model, Classifier) else model
-        self.learn = TrainLearner(model, dls, noop, cbs=DeviceCB() if cbs is None else cbs, opt_func=None)
+        clf = isinstance(model, Classifier)
+        self.learn = TrainLearner(model[:-3] if clf else model, dls, noop, cbs=DeviceCB() if cbs is None else cbs, opt_func=None)
         ims = first_tensor(next(iter(dls.valid)))
         self.shape,self.range = tuple(ims.shape[1:]),tuple(_whole(o.item()) for o in (ims.min(), ims.max()))
-        if learnt and (self.shape[-2:] != (28, 28) or self.range[0] < 0):
+        if clf and (self.shape[-2:] != (28, 28) or self.range[0] < 0):
             raise ValueError(f'a Classifier learnt from images of 28×28, from 0 to 1, but those in dls are {self.shape}, from {self.range[0]:g}: '
                              'make dls with in_memory(dd, bs), and say with lo and pad how the samples are')
         self.feats = self._predict(dls.valid)
-        self.extractor += f', {self.feats.shape[1]} features'
+        self.extractor = f'{type(model).__name__}, {self.feats.shape[1]} features'
         self.stats = _calc_stats(self.feats)
 
     def _predict(self, batches):

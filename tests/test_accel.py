@@ -104,13 +104,12 @@ def test_accelerate_with_one_precision_after_another(model, dls):
     "accelerate itself refuses that; and the first callback must not take over the precision of the second"
     class Look(Callback):
         order = AccelerateCB.order+1
-        def after_predict(self, learn): self.dtype = learn.preds.dtype
-        def before_batch(self, learn): self.acc = next(cb.acc for cb in learn.cbs if isinstance(cb, AccelerateCB)).mixed_precision
+        def before_batch(self, learn): self.precision = cb.acc.mixed_precision
     first,second = AccelerateCB(mixed_precision='no'),AccelerateCB(mixed_precision='bf16')
     for cb in (first, second, first, second, second):
         learn = Learner(model, dls, cbs=[cb, look := Look()])
         learn.fit(1)
-        assert look.acc == cb.mixed_precision and learn.model is model
+        assert look.precision == cb.mixed_precision and learn.model is model
 
 @pytest.mark.parametrize('cb', [TrainCB, partial(MixedPrecision, dtype=torch.float16), partial(AccelerateCB, mixed_precision='no')])
 def test_clipping_and_accumulation_go_with_every_engine(model, dls, cb):

@@ -263,6 +263,7 @@ def test_16_mixed_precision_says_that_it_is_slow_on_a_cpu(model, dls):
 def test_16_accelerate_without_cuda(model, dls):
     with pytest.warns(UserWarning, match='fp16 needs CUDA'): cb = AccelerateCB()
     Learner(model, dls, cbs=cb).fit(1)
+    assert cb.acc.mixed_precision == 'no' # the next test says what that gives
 
 def test_16_accelerate_trains_the_same_and_gives_everything_back(model, dls):
     cb = AccelerateCB(mixed_precision='no')

@@ -10,13 +10,11 @@ import argparse, time
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import ladder
-from ladder import FIRST, HERE, KEPT, best, def_device, draw, judged, keep, loaders, results, summed, train, write
+from ladder import FIRST, HERE, KEPT, best, def_device, draw, judged, keep_samples, loaders, machine, results, summed, train, write
 from miniai.datasets import DataLoaders
-from miniai.ddpm import to_grid
+from miniai.learner import Callback
 
 FAST = summed('averaged weights')
 LARGE = 'bfloat16, batches of 512'
@@ -41,9 +39,7 @@ def five(name, r):
     torch.cuda.synchronize()
     secs = time.perf_counter()-start
     with best(r, learn, ema) as model: samples,sampling = draw(r, model, ddpm, steps=50, bs=1024)
-    folder = KEPT/'gpu'/name.replace(' ', '-')
-    keep(folder/'samples.safetensors', samples=samples)
-    Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/'samples.png')
+    keep_samples(KEPT/'gpu', name, samples)
     res = dict(batch=r.batch, steps=len(clock.secs), step=clock.median, seconds=secs, sampling=sampling) | judged(samples)
     print(name, res, flush=True)
     return res
@@ -60,25 +56,26 @@ class Watched:
                 except StopIteration: return
             yield b
 
-class Mark(ladder.Callback):
-    "Says in a profile when a step begins and ends, for those from `first` on; with `strict`, forbids to wait for the GPU there"
+class Mark(Callback):
+    "Says in a profile when a step begins and ends"
     order = -100
-    def __init__(self, first, strict=False): self.first,self.strict = first,strict
-    def before_fit(self, learn): self.n = 0
-    def before_batch(self, learn):
-        self.n += 1
-        if self.n == self.first and self.strict: torch.cuda.set_sync_debug_mode('error')
-        self.step = record_function('step').__enter__()
+    def before_batch(self, learn): self.step = record_function('step').__enter__()
     def after_batch(self, learn): self.step.__exit__(None, None, None)
+
+class Strict(Callback):
+    "Forbids to wait for the GPU, from the tenth step on"
+    order = -100
+    def before_batch(self, learn):
+        if learn.iter == 9: torch.cuda.set_sync_debug_mode('error')
     def cleanup_fit(self, learn): torch.cuda.set_sync_debug_mode('default')
 
 def profiled(r, n=12):
     "Steps of `r` after a warm-up: spans of (start, end) in ms of the loader, of the steps on the CPU, and of the GPU; calls that wait for it"
     dls = loaders(r.memory, r.size, r.batch)
-    train(r, 3*n, dls, [Mark(10, strict=True)], wait=False) # raises an error at the first wait
+    train(r, 3*n, dls, [Strict()], wait=False) # raises an error at the first wait
     watched = DataLoaders(Watched(dls.train), dls.valid)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-        train(r, 2*n, watched, [Mark(0)], wait=False)
+        train(r, 2*n, watched, [Mark()], wait=False)
         torch.cuda.synchronize()
     events = prof.events()
     cpu = [e for e in events if e.device_type.name == 'CPU']
@@ -119,7 +116,7 @@ def chart(profiles, path, ms=120):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if def_device != 'cuda': raise SystemExit('this needs a CUDA GPU')
-    res = dict(machine=ladder.machine())
+    res = dict(machine=machine())
     res['five'] = {name: five(name, RECIPES[name]) for name in (LARGE, 'torch.compile')}
     profiles = {name: profiled(r) for name,r in RECIPES.items()}
     chart(profiles, HERE.parent.parent/'nbs'/'images'/'gpu.png')

@@ -85,10 +85,11 @@ UNUSED = { # each measured on top of all of them, and left out
     'mixed precision': (dict(mixed=True), 'another callback'),
     'torch.compile': (dict(compiled=True), 'one call, and minutes of waiting'),
 }
-LONG = { # not for a minute: added up, too, for five epochs (`--full`)
-    'half the batch': (dict(batch=64, lr=8e-3, beta2=.99), 'three numbers'),
-    'early steps, too': (dict(gamma=50.), 'a number'),
-    'twice as wide': (dict(chans=(32, 64, 128), lr=5e-3, gamma=5.), 'three numbers'), # without the last one
+HALF = dict(batch=64, lr=8e-3, beta2=.99)
+LONG = { # each on top of all of them, too, but for whole epochs (`--full`) instead of a minute
+    'half the batch': HALF,
+    'early steps, too': HALF | dict(gamma=50.),
+    'twice as wide': HALF | dict(chans=(32, 64, 128), lr=5e-3),
 }
 LESSON = dict(memory=True, chans=(16, 32, 64), groups=8, init=True, attention=False, layers=1, fold=2, eps=1e-5, beta2=.99, batch=64)
 LESSONS = {'12 DDPM': Recipe(**LESSON), '12 DDPM, cosine schedule': Recipe(**LESSON, cosine=True)} # its small network, for two epochs
@@ -182,6 +183,11 @@ def keep(path, **tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: o.contiguous() for k,o in tensors.items()}, path)
 
+def keep_samples(folder, name, samples):
+    "All as tensors, and the first 64 as a picture"
+    keep(folder/f'{name}.safetensors', samples=samples)
+    Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{name}.png')
+
 def measure(name, r, seconds, sampled, seed=0):
     "Train `r` for so many seconds, judge it (its samples if `sampled`), and keep weights and samples"
     dls = loaders(r.memory, r.size, r.batch)
@@ -208,15 +214,13 @@ def full(name, n_epochs, n, steps):
         keep(folder/'model.safetensors', **model.state_dict())
         samples,secs = draw(r, model, ddpm, n, steps or None)
     sampler = f'DDIM {steps}' if steps else 'DDPM'
-    keep(folder/f'{sampler}.safetensors', samples=samples)
-    Image.fromarray(to_grid(samples[:64]/127.5-1, nrow=16, scale=2)).save(folder/f'{sampler}.png')
+    keep_samples(folder, sampler, samples)
     known = results()
-    key = f'{name}, {n_epochs} epochs, {sampler}'
-    before = [o for o in known['full'].values() if (o['recipe'], o['epochs']) == (name, n_epochs)] # a training that had ended is not timed again
-    res = dict(step=before[0]['step'] if before else clock.median, batch=r.batch)
+    same = [o for o in known['full'].values() if (o['recipe'], o['epochs']) == (name, n_epochs)]
+    res = dict(step=clock.median if clock.secs else same[0]['step'], batch=r.batch) # a training that had ended before takes no step
     res |= dict(recipe=name, epochs=n_epochs, machine=machine(), sampler=sampler, sampling=secs) | judged(samples)
-    res['clean'] = judged(torch.where(samples < 12, 0, samples))['fid'] # what is nearly black is made black
-    known['full'][key] = res
+    res['clean'] = judge().fid(torch.where(samples < 12, 0, samples)/255) # what is nearly black is made black
+    known['full'][f'{name}, {n_epochs} epochs, {sampler}'] = res
     write(known)
     print(res, folder)
 
@@ -235,9 +239,10 @@ def summed(name):
     r = Recipe()
     if name == FIRST: return r
     if name in LESSONS: return LESSONS[name]
-    for nm,(lever,_) in (RUNGS | (LONG if name in LONG else {})).items():
+    for nm,(lever,_) in RUNGS.items():
         r = replace(r, **lever)
         if nm == name: return r
+    if name in LONG: return replace(r, **LONG[name])
     if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join([*NAMES, *LONG, *LESSONS])}')
     return replace(r, **UNUSED[name][0])
 
@@ -256,11 +261,11 @@ def table(res):
         rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', fid='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
     return '\n'.join(rows)
 
-def figures(res, kinds=('sum', 'full')):
+def figures(res):
     "Markdown: all that was sampled from, with training, sampler and floor"
     rows = ['| recipe | trained for | in s | sampler | s to sample | n | FID | × floor | with a clean background | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|--:|']
-    found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()] if 'sum' in kinds else []
-    if 'full' in kinds: found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
+    found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()]
+    found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
     for o in found:
         rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']:,.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
                     f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {format(o['clean'], '.1f') if 'clean' in o else ''} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
@@ -299,7 +304,7 @@ def main():
     if args.full: return full(args.full, args.epochs, args.n, args.steps)
     if not args.show: climb(args.seconds)
     res = results()
-    print(table(res), f"2,048 training images: FID {judge().floor(2048):.2f}. {res['machine']}", figures(res), sep='\n\n')
+    print(table(res), f"2,048 training images: FID {res['sum'][FIRST]['floor']:.2f}. {res['machine']}", figures(res), sep='\n\n')
     chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
 
 def results(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
