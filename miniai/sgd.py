@@ -13,6 +13,7 @@ from .learner import Callback, to_cpu
 # %% ../nbs/07_sgd.ipynb #c4c95b9a
 class BaseSchedCB(Callback):
     "Makes a scheduler for the fit's optimizer; subclasses say when it steps"
+    sets_lr = True
     def __init__(self,
         sched: Callable # optimizer → scheduler
     ):
