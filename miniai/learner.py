@@ -11,7 +11,7 @@ __all__ = ['Callback', 'is_main', 'find_cbs', 'run_cbs', 'CancelFitException', '
 
 # %% ../nbs/04_learner.ipynb #397592ad
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from operator import attrgetter
 import math, time
 
@@ -117,7 +117,7 @@ class Learner:
         opt_func: Callable=optim.SGD # (parameters, lr) → optimizer, made anew by each fit; `None` for no optimizer
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self._methods = cb_list(cbs),None
+        self.cbs,self._found = cb_list(cbs),None
 
     def fit(self,
         n_epochs: int=1, train: bool=True, valid: bool=True, # pass over `dls.train` and over `dls.valid` in each epoch?
@@ -132,7 +132,7 @@ class Learner:
             self._fit(train, valid)
         finally:
             for cb in cbs: self.cbs.remove(cb)
-            self._methods = None
+            self._found = None
 
     @with_cbs('fit')
     def _fit(self, train, valid):
@@ -143,7 +143,8 @@ class Learner:
     def one_epoch(self, training: bool) -> None:
         "Pass once over `dls.train`, training, or over `dls.valid`"
         self.model.train(training)
-        self.dl,self._methods = self.dls.train if training else self.dls.valid,{}
+        self.dl = self.dls.train if training else self.dls.valid
+        self._found = cache(partial(_look_up, self.cbs)) # within an epoch each event is looked up once
         self._one_epoch()
 
     @with_cbs('epoch')
@@ -156,7 +157,7 @@ class Learner:
     def _one_batch(self):
         self.predict();  self.callback('after_predict')
         self.get_loss(); self.callback('after_loss')
-        if self.training: self._one_step()
+        if self.model.training: self._one_step()
 
     def _one_step(self):
         _check_loss(self.loss)
@@ -169,13 +170,12 @@ class Learner:
 
     def callback(self, method_nm: str) -> None:
         "Call `method_nm` of all callbacks that have it"
-        _call(_found(self, method_nm), self)
-    def _step(self, name): _call(_check_step(name, _found(self, name)), self)
-    def predict(self): self._step('predict')
-    def get_loss(self): self._step('get_loss')
-    def backward(self): self._step('backward')
-    def step(self): self._step('step')
-    def zero_grad(self): self._step('zero_grad')
+        _call((self._found or partial(_look_up, self.cbs))(method_nm), self)
+    def predict(self): self.callback('predict')
+    def get_loss(self): self.callback('get_loss')
+    def backward(self): self.callback('backward')
+    def step(self): self.callback('step')
+    def zero_grad(self): self.callback('zero_grad')
     @property
     def training(self) -> bool: return self.model.training
 
@@ -189,11 +189,18 @@ def cb_list(
     return cbs
 
 # %% ../nbs/04_learner.ipynb #850d0975
-def _found(learn, method_nm):
-    "The methods of `learn.cbs` for an event or a step; within an epoch each is looked up once"
-    if learn._methods is None: return find_cbs(learn.cbs, method_nm)
-    if method_nm not in learn._methods: learn._methods[method_nm] = find_cbs(learn.cbs, method_nm)
-    return learn._methods[method_nm]
+_STEPS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
+
+def _look_up(cbs, method_nm):
+    "`find_cbs`; somebody must supply a step, and only one may supply those that change the model"
+    found = find_cbs(cbs, method_nm)
+    if method_nm in _STEPS and not found:
+        raise AttributeError(f'nobody supplies the step {method_nm!r}: add TrainCB() (or another callback that has the method '
+                             f'{method_nm}) to cbs, or use TrainLearner, or define {method_nm} in a subclass')
+    if method_nm in ('backward', 'step') and len(found) > 1:
+        names = ' and '.join(type(m.__self__).__name__ for m in found)
+        raise ValueError(f'{names} both supply the step {method_nm!r}: leave one of them out of cbs')
+    return found
 
 def _new_opt(opt_func, model, lr):
     if opt_func is None: return None
@@ -217,15 +224,6 @@ def _check_loss(loss):
     what = f'shape {tuple(loss.shape)}' if isinstance(loss, torch.Tensor) else f'a {type(loss).__name__}'
     raise ValueError(f'the loss must be a tensor with one number to train on, but loss_func returned {what}: '
                      'reduce it, with .mean() for example')
-
-def _check_step(name, found):
-    if not found:
-        raise AttributeError(f'nobody supplies the step {name!r}: add TrainCB() (or another callback that has the method {name}) to cbs, '
-                             f'or use TrainLearner, or define {name} in a subclass')
-    if len(found) > 1 and name in ('backward', 'step'):
-        names = ' and '.join(type(m.__self__).__name__ for m in found)
-        raise ValueError(f'{names} both supply the step {name!r}: leave one of them out of cbs')
-    return found
 
 # %% ../nbs/04_learner.ipynb #c3e8ced3
 class SingleBatchCB(Callback):

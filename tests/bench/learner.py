@@ -1,33 +1,41 @@
 """What a training step costs beyond a bare PyTorch loop: a 784-50-10 network, batches of 64, one thread, on the CPU.
 
-Short runs of the bare loop and of the Learner alternate, so that a machine that speeds up or slows down does so for both.
-The clock starts at the tenth step: neither the making of an optimizer nor the first drawing of a bar counts. A figure
-is the median of the differences within the pairs, with its 95 % interval. Where there is a metric, the bare loop updates it too.
+    python tests/bench/learner.py                   # the Learner
+    python tests/bench/learner.py --against REV     # and beside it, in the same run, that of another revision of this repository
+
+Short runs of the bare loop and of the Learners take turns, so that a machine that speeds up or slows down does so for all.
+The clock starts at the tenth step: neither the making of an optimizer nor the first drawing of a bar counts. A figure is
+the median of the differences within a round, with its 95 % interval: in time on the wall, and in CPU time of the thread,
+which others on a busy machine do not blur. Where there is a metric, the bare loop updates it too.
+Results: tests/bench/learner.json.
 """
-import contextlib, io, math, time
+import argparse, contextlib, io, json, math, platform, subprocess, sys, time, types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torchmetrics.classification import MulticlassAccuracy
 
+import miniai.learner
 from miniai.datasets import DataLoaders
-from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB
 
-PAIRS,STEPS,SKIP = 600,60,10
+ROUNDS,STEPS,SKIP = 600,60,10
+HERE = Path(__file__).parent
 torch.set_num_threads(1)
 torch.manual_seed(0)
 batches = [(torch.randn(64, 784), torch.randint(0, 10, (64,))) for _ in range(STEPS)]
 acc = MulticlassAccuracy(num_classes=10, average='micro', validate_args=False)
+clocks = time.perf_counter,time.thread_time
 
 class Timed:
-    "The batches, and how long they took from number SKIP to the end, in µs a step"
+    "The batches, and how long they took from number SKIP to the end, in µs a step: on the wall, and of the thread"
     def __len__(self): return STEPS
     def __iter__(self):
         for i,b in enumerate(batches):
-            if i == SKIP: start = time.perf_counter()
+            if i == SKIP: start = [c() for c in clocks]
             yield b
-        self.µs = (time.perf_counter()-start)/(STEPS-SKIP)*1e6
+        self.µs = [(c()-s)/(STEPS-SKIP)*1e6 for c,s in zip(clocks, start)]
 
 def mlp(): return nn.Sequential(nn.Linear(784, 50), nn.ReLU(), nn.Linear(50, 10))
 
@@ -43,26 +51,56 @@ def bare(dl, metric=None):
         opt.zero_grad()
         if metric is not None: metric.update(preds.detach(), yb)
 
-def learner(dl, *cbs):
-    Learner(mlp(), DataLoaders(dl, []), F.cross_entropy, cbs=[TrainCB(), DeviceCB('cpu'), *cbs]).fit(1, valid=False)
+def run(module, dl, full):
+    cbs = [module.TrainCB(), module.DeviceCB('cpu'), *([module.MetricsCB(accuracy=acc), module.ProgressCB()] if full else [])]
+    module.Learner(mlp(), DataLoaders(dl, []), F.cross_entropy, cbs=cbs).fit(1, valid=False)
 
-def µs(run, *args):
-    with contextlib.redirect_stdout(io.StringIO()): run(dl := Timed(), *args)
+def µs(f):
+    dl = Timed()
+    with contextlib.redirect_stdout(io.StringIO()): f(dl)
     return dl.µs
 
-def compare(name, bare_args, cbs):
-    def pair(first):
-        if first: a = µs(bare, *bare_args)
-        b = µs(learner, *cbs)
-        return (a if first else µs(bare, *bare_args)),b
-    for i in range(20): pair(i%2) # warm up
-    pairs = [pair(i%2) for i in range(PAIRS)]
-    added = sorted(b-a for a,b in pairs)
-    half = round(.98*math.sqrt(PAIRS)) # order statistics: a 95 % interval of the median
-    lo,mid,hi = (added[PAIRS//2+k] for k in (-half, 0, half))
-    base = sorted(a for a,_ in pairs)[PAIRS//2]
-    print(f'{name:44} bare loop {base:6.1f} µs a step, added {mid:5.1f} µs (95 %: {lo:.1f} to {hi:.1f})', flush=True)
+def at(rev):
+    "The module `learner` as it was at `rev`, in today's package"
+    source = subprocess.run(['git', 'show', f'{rev}:miniai/learner.py'], cwd=HERE, capture_output=True, text=True)
+    if source.returncode: sys.exit(f'git has no {rev}:miniai/learner.py: {source.stderr.strip()}')
+    module = types.ModuleType('miniai.learner_before')
+    module.__package__ = 'miniai'
+    sys.modules[module.__name__] = module
+    exec(compile(source.stdout, f'learner.py at {rev}', 'exec'), vars(module))
+    return module
 
-print(f'torch {torch.__version__}, {PAIRS} pairs of {STEPS} steps')
-compare('TrainCB, DeviceCB', (), ())
-compare('TrainCB, DeviceCB, MetricsCB, ProgressCB', (acc,), (MetricsCB(accuracy=acc), ProgressCB()))
+def interval(xs):
+    "Median, and its 95 % interval by order statistics"
+    xs,half = sorted(xs),round(.98*math.sqrt(len(xs)))
+    return [xs[len(xs)//2+k] for k in (0, -half, half)]
+
+def compare(name, full, modules):
+    contestants = {'bare loop': lambda: µs(lambda dl: bare(dl, acc if full else None))}
+    contestants |= {nm: (lambda m=m: µs(lambda dl: run(m, dl, full))) for nm,m in modules.items()}
+    order,rounds = list(contestants),[]
+    for i in range(ROUNDS+20):
+        times = {nm: contestants[nm]() for nm in (order if i%2 else order[::-1])}
+        if i >= 20: rounds.append(times) # the first ones warm up
+    res = {'bare loop': dict(zip(('wall', 'thread'), (interval([r['bare loop'][c] for r in rounds])[0] for c in (0, 1))))}
+    print(f"{name}\n  {'bare loop':20} {res['bare loop']['wall']:6.1f} µs a step", flush=True)
+    for nm in modules:
+        res[nm] = {k: dict(zip(('added', 'lo', 'hi'), interval([r[nm][c]-r['bare loop'][c] for r in rounds]))) for c,k in enumerate(('wall', 'thread'))}
+        print(f'  {nm:20} added' + ','.join(f" {v['added']:5.1f} µs {k} (95 %: {v['lo']:.1f} to {v['hi']:.1f})" for k,v in res[nm].items()), flush=True)
+    return res
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--against', metavar='REV', help='a revision of this repository')
+    rev = parser.parse_args().against
+    modules = {'Learner': miniai.learner} | ({f'Learner at {rev}': at(rev)} if rev else {})
+    cpu = Path('/proc/cpuinfo')
+    name = next((l.split(':')[1].strip() for l in cpu.read_text().splitlines() if l.startswith('model name')), '') if cpu.exists() else platform.processor()
+    print(f'torch {torch.__version__}, {ROUNDS} rounds of {STEPS} steps each')
+    cases = {'TrainCB, DeviceCB': False, 'TrainCB, DeviceCB, MetricsCB, ProgressCB': True}
+    res = {nm: compare(nm, full, modules) for nm,full in cases.items()}
+    res['machine'] = f'{name}, one thread, torch {torch.__version__}'
+    res['command'] = 'python tests/bench/learner.py' + (f' --against {rev}' if rev else '')
+    (HERE/'learner.json').write_text(json.dumps(res, indent=1, ensure_ascii=False)+'\n')
+
+if __name__ == '__main__': main()
