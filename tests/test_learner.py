@@ -1,5 +1,5 @@
 "The Learner's contract: events and their order, cancelling, steps, metrics, progress"
-import math, random
+import gc, inspect, math, weakref
 
 import pytest, torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ class RaiseCB(Callback):
 
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-@pytest.mark.parametrize('exc,missing', [(CancelBatchException, 'after_batch'), (CancelEpochException, 'after_epoch'), (CancelFitException, 'after_fit')])
+@pytest.mark.parametrize('exc,missing', [(CancelBatchException, 'after_batch'), (CancelEpochException, 'after_epoch'),
+                                         (CancelFitException, 'after_fit')])
 def test_a_cancel_ends_its_own_level(model, dls, exc, missing):
     rec = Recorder()
     Learner(model, dls, cbs=[TrainCB(), rec, RaiseCB('after_loss', exc())]).fit(2)
@@ -65,6 +66,40 @@ def test_methods_are_looked_up_at_each_event(model, dls):
     Learner(model, dls, cbs=[TrainCB(), cb, Add()]).fit(1, valid=False)
     assert len(seen) == 11
 
+def test_a_callback_that_joins_within_an_epoch_is_heard_from_the_next_one_on(model, dls):
+    class Join(Callback):
+        def after_batch(self, learn):
+            if (learn.epoch, learn.iter) == (0, 3): learn.cbs.append(rec)
+    rec = Recorder()
+    learn = TrainLearner(model, dls, cbs=Join())
+    learn.fit(2, valid=False)
+    assert rec.seen.count('after_batch') == 11
+
+def test_outside_a_fit_nothing_is_remembered(model, dls):
+    learn,seen = TrainLearner(model, dls),[]
+    def cb(nm):
+        res = Callback()
+        res.my_event = lambda learn: seen.append(nm)
+        return res
+    for fit in (lambda: None, lambda: learn.fit(1)):
+        fit(); seen.clear()
+        learn.cbs = [cb('a')]; learn.callback('my_event')
+        learn.cbs.append(cb('b')); learn.callback('my_event')
+        assert seen == ['a', 'a', 'b']
+
+def test_a_learner_is_freed_when_nobody_holds_it(model, dls):
+    learn = TrainLearner(model, dls, cbs=[MetricsCB(), SingleBatchCB()])
+    learn.fit(1)
+    ref = weakref.ref(learn)
+    gc.disable()
+    try:
+        del learn
+        assert ref() is None, 'a cycle keeps model and batch until the garbage collector comes'
+    finally: gc.enable()
+
+def test_the_learner_fits_on_one_screen():
+    assert len(inspect.getsource(Learner).splitlines()) <= 70
+
 def test_steps_of_a_subclass_win(model, dls):
     class Mine(Learner):
         def predict(self): self.preds = self.model(self.batch[0])*0
@@ -90,6 +125,25 @@ def test_optimizer_is_new_in_each_fit_and_lr_is_for_that_fit(model, dls):
     assert first.param_groups[0]['lr'] == .01
     learn.fit(1)
     assert learn.opt is not first and learn.opt.param_groups[0]['lr'] == .5
+
+def test_an_optimizer_by_hand_needs_only_step_and_zero_grad(model, dls):
+    asked = []
+    class SGD:
+        def __init__(self, params, lr): self.params,self.lr = list(params),lr
+        def step(self):
+            asked.append('step')
+            with torch.no_grad():
+                for p in self.params: p -= self.lr*p.grad
+        def zero_grad(self):
+            asked.append('zero_grad')
+            for p in self.params: p.grad.zero_() # there is nothing to zero before a backward
+    start = {k: v.clone() for k,v in model.state_dict().items()}
+    TrainLearner(model, dls, opt_func=SGD).fit(2)
+    assert asked == ['step', 'zero_grad']*22
+    theirs = nn.Linear(4, 1)
+    theirs.load_state_dict(start)
+    TrainLearner(theirs, dls).fit(2)
+    assert torch.allclose(weights(model), weights(theirs))
 
 def test_without_an_optimizer_one_can_still_evaluate(dls):
     metrics = MetricsCB()
@@ -191,6 +245,15 @@ def test_lr_find_leaves_schedulers_out_and_needs_no_validation_data(model, dls):
     learn = TrainLearner(model, DataLoaders(dls.train, []), cbs=[sched, lrs := Lrs()])
     learn.lr_find(gamma=2, start_lr=1e-4)
     assert lrs.lrs[:3] == pytest.approx([1e-4, 2e-4, 4e-4]) and learn.cbs == [sched, lrs]
+
+def test_lr_find_leaves_out_what_says_that_it_sets_the_learning_rate_and_nothing_else(model, dls):
+    from miniai.sgd import BaseSchedCB, BatchSchedCB, EpochSchedCB
+    class HasSched(Recorder): sched = 'the noise of a diffusion model'
+    class Warm(Recorder): sets_lr = True
+    kept,out = HasSched(),Warm()
+    TrainLearner(model, dls, cbs=[kept, out]).lr_find()
+    assert 'before_fit' in kept.seen and out.seen == []
+    assert BaseSchedCB.sets_lr and BatchSchedCB.sets_lr and EpochSchedCB.sets_lr and not Callback.sets_lr
 
 def test_momentum_learner_has_its_default_and_plain_sgd_as_a_special_case(dls):
     def trained(cls, **kw):

@@ -9,7 +9,7 @@ the median of the differences within a round, with its 95 % interval: in time on
 which others on a busy machine do not blur. Where there is a metric, the bare loop updates it too.
 Results: tests/bench/learner.json.
 """
-import argparse, contextlib, io, json, math, platform, subprocess, sys, time, types
+import argparse, contextlib, io, json, math, subprocess, sys, time, types
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn, optim
 from torchmetrics.classification import MulticlassAccuracy
 
 import miniai.learner
+from machine import machine
 from miniai.datasets import DataLoaders
 
 ROUNDS,STEPS,SKIP = 600,60,10
@@ -76,31 +77,25 @@ def interval(xs):
     return [xs[len(xs)//2+k] for k in (0, -half, half)]
 
 def compare(name, full, modules):
-    contestants = {'bare loop': lambda: µs(lambda dl: bare(dl, acc if full else None))}
-    contestants |= {nm: (lambda m=m: µs(lambda dl: run(m, dl, full))) for nm,m in modules.items()}
-    order,rounds = list(contestants),[]
-    for i in range(ROUNDS+20):
-        times = {nm: contestants[nm]() for nm in (order if i%2 else order[::-1])}
-        if i >= 20: rounds.append(times) # the first ones warm up
-    res = {'bare loop': dict(zip(('wall', 'thread'), (interval([r['bare loop'][c] for r in rounds])[0] for c in (0, 1))))}
-    print(f"{name}\n  {'bare loop':20} {res['bare loop']['wall']:6.1f} µs a step", flush=True)
-    for nm in modules:
-        res[nm] = {k: dict(zip(('added', 'lo', 'hi'), interval([r[nm][c]-r['bare loop'][c] for r in rounds]))) for c,k in enumerate(('wall', 'thread'))}
-        print(f'  {nm:20} added' + ','.join(f" {v['added']:5.1f} µs {k} (95 %: {v['lo']:.1f} to {v['hi']:.1f})" for k,v in res[nm].items()), flush=True)
-    return res
+    runs = {'bare loop': lambda: µs(lambda dl: bare(dl, acc if full else None))}
+    runs |= {nm: lambda m=m: µs(lambda dl: run(m, dl, full)) for nm,m in modules.items()}
+    rounds = [{nm: runs[nm]() for nm in (runs if i%2 else reversed(runs))} for i in range(ROUNDS+20)][20:] # the first ones warm up
+    def added(nm, i): return dict(zip(('added', 'lo', 'hi'), interval([r[nm][i]-r['bare loop'][i] for r in rounds])))
+    base = interval([r['bare loop'][0] for r in rounds])[0]
+    res = {nm: dict(wall=added(nm, 0), thread=added(nm, 1)) for nm in modules}
+    print(f'{name}: the bare loop takes {base:.1f} µs a step')
+    for nm,clocks in res.items():
+        says = [f"{c['added']:5.1f} µs {k} (95 %: {c['lo']:.1f} to {c['hi']:.1f})" for k,c in clocks.items()]
+        print(f'  {nm:20} adds {", ".join(says)}', flush=True)
+    return {'bare loop': base} | res
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', metavar='REV', help='a revision of this repository')
     rev = parser.parse_args().against
     modules = {'Learner': miniai.learner} | ({f'Learner at {rev}': at(rev)} if rev else {})
-    cpu = Path('/proc/cpuinfo')
-    name = next((l.split(':')[1].strip() for l in cpu.read_text().splitlines() if l.startswith('model name')), '') if cpu.exists() else platform.processor()
-    print(f'torch {torch.__version__}, {ROUNDS} rounds of {STEPS} steps each')
-    cases = {'TrainCB, DeviceCB': False, 'TrainCB, DeviceCB, MetricsCB, ProgressCB': True}
-    res = {nm: compare(nm, full, modules) for nm,full in cases.items()}
-    res['machine'] = f'{name}, one thread, torch {torch.__version__}'
-    res['command'] = 'python tests/bench/learner.py' + (f' --against {rev}' if rev else '')
-    (HERE/'learner.json').write_text(json.dumps(res, indent=1, ensure_ascii=False)+'\n')
+    print(f'{machine()}, {ROUNDS} rounds of {STEPS} steps each')
+    res = {nm: compare(nm, full, modules) for nm,full in (('TrainCB, DeviceCB', False), ('TrainCB, DeviceCB, MetricsCB, ProgressCB', True))}
+    (HERE/'learner.json').write_text(json.dumps(dict(machine=machine(), **res), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
 if __name__ == '__main__': main()
