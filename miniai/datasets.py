@@ -202,7 +202,7 @@ def _pixels(ds):
     return np.stack([np.asarray(o) for o in ds[:]['image']])
 
 def to_tensors(
-    ds, # a `datasets.Dataset` with `image` and `label`, all images of one size
+    ds, # a `datasets.Dataset` with `image` and `label`, all images of one size; its format and transform are left out
     device='cpu'
 ) -> tuple[torch.Tensor, torch.Tensor]: # uint8 (n, channels, h, w) and int64 (n,)
     "The whole set, read once"
@@ -214,7 +214,7 @@ def to_tensors(
 
 # %% ../nbs/01_datasets.ipynb #c2511cbf
 def in_memory(
-    dd: Mapping, # `datasets.DatasetDict`; its first two sets are used
+    dd: Mapping, # `datasets.DatasetDict`; its first two sets are used, without their transforms
     batch_size: int,
     device='cpu', # where the images are kept and the batches appear
     x_tfm: Callable=to_float # applied to each batch of images
