@@ -54,4 +54,4 @@ def test_bad_β(β):
 
 @pytest.mark.parametrize('x', [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 64), torch.zeros(4, 8, 8)])
 def test_what_are_no_images(x):
-    with pytest.raises(ValueError, match=r'Somebody needs images in floating point, \(n, channels, h, w\), not'): check_images(x, 'Somebody')
+    with pytest.raises(ValueError, match=r'Somebody needs images in floating point, \(n, channels, h, w\)'): check_images(x, 'Somebody')
