@@ -13,10 +13,11 @@ from miniai import ddpm
 from miniai.accel import AccelerateCB, EMACB, GradAccumCB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.datasets import DataLoaders, TensorLoader
-from miniai.ddpm import Schedule, SpaceToDepth
+from miniai.ddpm import SpaceToDepth
 from miniai.fast_ddpm import (DDPMCB, NoiseFromV, UNet, VPredCB, ddim_step, ddim_steps, fast_unet, init_ddpm, min_snr, noisify,
                               sample, strides)
 from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, TrainCB
+from miniai.schedule import Schedule
 from miniai.sgd import BatchSchedCB
 
 tiny = partial(UNet, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
@@ -120,7 +121,11 @@ def test_sampling_is_reproducible_and_leaves_the_model_alone(net):
 class Wrong(nn.Module):
     def forward(self, x, t): return x[..., :-1]
 
-def unets(): return [tiny(), fast_unet((8, 16)), SpaceToDepth(tiny(in_channels=4, out_channels=4)), UNet2DModel(in_channels=1, out_channels=1, block_out_channels=(32, 32), down_block_types=('ResnetDownsampleBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'ResnetUpsampleBlock2D'))]
+def unets():
+    resnets = UNet2DModel(in_channels=1, out_channels=1, block_out_channels=(32, 32),
+                          down_block_types=('ResnetDownsampleBlock2D', 'DownBlock2D'),
+                          up_block_types=('UpBlock2D', 'ResnetUpsampleBlock2D'))
+    return [tiny(), fast_unet((8, 16)), SpaceToDepth(tiny(in_channels=4, out_channels=4)), resnets]
 
 @pytest.mark.parametrize('i', range(4))
 def test_it_begins_by_predicting_nothing(i):
@@ -162,7 +167,9 @@ def test_unet_is_diffusers_own(tmp_path):
             assert torch.equal(getattr(res, 'sample', res), unet((x, t)))
     assert unet.config.block_out_channels == (8, 16) and unet.config.norm_num_groups == 4
 
-def small_set(n=50): return DataLoaders(TensorLoader(torch.rand(n, 1, 16, 16)*2-1, torch.zeros(n), bs=16, shuffle=True), TensorLoader(torch.rand(20, 1, 16, 16)*2-1, torch.zeros(20), bs=20))
+def small_set(n=50):
+    def loader(n, **kwargs): return TensorLoader(torch.rand(n, 1, 16, 16)*2-1, torch.zeros(n), **kwargs)
+    return DataLoaders(loader(n, bs=16, shuffle=True), loader(20, bs=20))
 
 def test_it_trains_as_the_ddpm_lesson_does():
     "The same numbers drawn, the same weights in the end"
@@ -181,7 +188,8 @@ def test_it_trains_as_the_ddpm_lesson_does():
 def test_it_goes_with_every_engine(cb, engine):
     set_seed(0)
     model,cb,ema = fast_unet((8, 16)),cb(Schedule.cosine()),EMACB(.9)
-    learn = Learner(model, small_set(), F.mse_loss, 1e-3, [engine(), DeviceCB(), cb, ema, GradAccumCB(2)], partial(optim.Adam, eps=1e-5))
+    cbs = [engine(), DeviceCB(), cb, ema, GradAccumCB(2)]
+    learn = Learner(model, small_set(), F.mse_loss, 1e-3, cbs, partial(optim.Adam, eps=1e-5))
     learn.fit(2)
     assert learn.loss.isfinite() and learn.preds.shape == learn.batch[1].shape
     own = cb.sample(model, (2,1,16,16), 4, generator=torch.Generator().manual_seed(0))
@@ -189,7 +197,8 @@ def test_it_goes_with_every_engine(cb, engine):
     assert own.isfinite().all() and averaged.isfinite().all() and not torch.equal(own, averaged)
 
 def test_images_that_do_not_fit():
-    learn = Learner(fast_unet((8, 16)), DataLoaders([(torch.zeros(2, 1, 15, 15), torch.zeros(2))], []), F.mse_loss, cbs=[TrainCB(), DDPMCB()])
+    odd = DataLoaders([(torch.zeros(2, 1, 15, 15), torch.zeros(2))], [])
+    learn = Learner(fast_unet((8, 16)), odd, F.mse_loss, cbs=[TrainCB(), DDPMCB()])
     with pytest.raises(ValueError, match='15×15 cannot be folded by 2'): learn.fit(1, valid=False)
     learn.dls = DataLoaders([(torch.zeros(2, 16, 16), torch.zeros(2))], [])
     with pytest.raises(ValueError, match=r'noisify needs images in floating point, \(n, channels, h, w\)'): learn.fit(1, valid=False)

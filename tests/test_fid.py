@@ -1,5 +1,6 @@
 "FID and KID against closed forms, scipy and torchmetrics; what ImageEval refuses, and what it leaves behind"
 import gc, math, warnings
+from dataclasses import replace
 
 import numpy as np, pytest, scipy.linalg, torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from miniai.accel import MixedPrecision
 from miniai.datasets import DataLoaders, TensorLoader, to_float
 from miniai.dropout import Classifier
 from miniai.fid import ImageEval, Inception, Report, _alike, _calc_fid, _calc_kid, _calc_stats, _mmd, _sqrtm_newton_schulz, _squared_mmd
+from miniai.init import BatchTransformCB
 from miniai.learner import DeviceCB
 
 warns = pytest.mark.filterwarnings('ignore:.*samples are few')
@@ -65,8 +67,8 @@ def test_mmd_pair_by_pair():
     torch.manual_seed(1)
     x,y = torch.randn(6, 3).double(),torch.randn(4, 3).double()
     def k(a, b): return (a@b/3 + 1)**3
-    want = (sum(k(x[i], x[j]) for i in range(6) for j in range(6) if i != j)/30 + sum(k(y[i], y[j]) for i in range(4) for j in range(4) if i != j)/12
-            - 2*sum(k(a, b) for a in x for b in y)/24)
+    def within(x): return sum(k(a, b) for i,a in enumerate(x) for j,b in enumerate(x) if i != j)/(len(x)*(len(x)-1))
+    want = within(x) + within(y) - 2*sum(k(a, b) for a in x for b in y)/24
     assert _squared_mmd(x, y) == pytest.approx(want.item())
     assert _mmd(x, y, _alike(y)) == _mmd(x, y)
 
@@ -90,8 +92,9 @@ def images(n, seed=0):
 
 @pytest.fixture
 def dls():
-    bytes_ = (images(1500, 9)*255).byte()
-    return DataLoaders(TensorLoader(bytes_[:1100], torch.zeros(1100), bs=50, shuffle=True, x_tfm=to_float), TensorLoader(bytes_[1100:], torch.zeros(400), bs=64, x_tfm=to_float))
+    train,valid = (images(1500, 9)*255).byte().split((1100, 400))
+    return DataLoaders(TensorLoader(train, torch.zeros(1100), bs=50, shuffle=True, x_tfm=to_float),
+                       TensorLoader(valid, torch.zeros(400), bs=64, x_tfm=to_float))
 
 @pytest.fixture
 def ie(dls): return ImageEval(Net(), dls)
@@ -104,10 +107,12 @@ def test_what_it_keeps(ie):
 def test_the_same_images_in_any_order_and_batches(ie):
     x,y = images(300),torch.cat([o for o,_ in ie.learn.dls.valid])
     assert ie.fid(y) == pytest.approx(0, abs=1e-6) == ie.fid(y[torch.randperm(400)])
-    for other in (x.flip(0), x.split(1), [x[:7], x[7:]], (o for o in x.split(100))): assert ie.fid(other) == pytest.approx(ie.fid(x), rel=1e-4)
+    for other in (x.flip(0), x.split(1), [x[:7], x[7:]], (o for o in x.split(100))):
+        assert ie.fid(other) == pytest.approx(ie.fid(x), rel=1e-4)
     assert ie.kid(x.flip(0)) == pytest.approx(ie.kid(x), abs=1e-6)
     feats = ie.get_feats(x)
-    assert ie.fid(x) == pytest.approx(by_scipy(*ie.stats, *_calc_stats(feats)), rel=1e-5) and ie.kid(x) == pytest.approx(_squared_mmd(feats, ie.feats), abs=1e-9)
+    assert ie.fid(x) == pytest.approx(by_scipy(*ie.stats, *_calc_stats(feats)), rel=1e-5)
+    assert ie.kid(x) == pytest.approx(_squared_mmd(feats, ie.feats), abs=1e-9)
 
 @warns
 @pytest.mark.parametrize('lo, pad', [(None, 0), (0, 0), (-1, 0), (0, 2), (-1, 2)])
@@ -163,7 +168,7 @@ def test_other_floating_point(ie, dtype): assert ie.fid(images(200).to(dtype)) =
     (dict(model=Net().lin.forward), TypeError, 'an nn.Module that makes features'),
     (dict(lo=1), ValueError, '0 or -1'),
     (dict(model=nn.Sequential(nn.Flatten(0))), TypeError, r'features \(n, d\)'),
-    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(images(9)*2-1, torch.zeros(9))])), ValueError, 'learnt from images of 28×28, from 0 to 1'),
+    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(images(9)*2-1, torch.zeros(9))])), ValueError, 'learnt from images of 28×28'),
     (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(F.pad(images(9), [2]*4), torch.zeros(9))])), ValueError, r'\(1, 32, 32\)'),
 ])
 def test_what_cannot_judge(dls, kwargs, error, message):
@@ -187,7 +192,9 @@ def test_a_report_says_what_was_measured_with_what(ie):
     x = images(1000)
     r = ie.report(x, 'a test')
     assert isinstance(r, Report) and (r.fid, r.kid, r.n, r.floor) == (ie.fid(x), ie.kid(x), 1000, ie.floor(1000)) and r.kid_se > 0
-    for part in (f'FID {r.fid:.1f}', f'the floor of {r.floor:.2f}', f'KID {r.kid:.4f} ± {r.kid_se:.4f}', 'n=1,000', 'Net, 10 features', '400 images of dls.valid', 'a test'): assert part in str(r)
+    parts = f'FID {r.fid:.1f}',f'the floor of {r.floor:.2f}',f'KID {r.kid:.4f} ± {r.kid_se:.4f}'
+    for part in (*parts, 'n=1,000', 'Net, 10 features', '400 images of dls.valid', 'a test'): assert part in str(r)
+    assert 'inf × the floor' in str(replace(r, floor=0.)) and str(replace(r, sampler='')).endswith('dls.valid')
 
 def test_the_floor_is_of_as_many_training_images(ie):
     state = torch.get_rng_state()
@@ -199,7 +206,8 @@ def test_the_floor_is_of_as_many_training_images(ie):
 
 @warns
 def test_nothing_of_the_images_is_kept(ie):
-    def alive(): return [o.shape for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.ndim == 4 and o.shape[-1] == 28 and o.dtype == torch.float32]
+    def is_images(o): return issubclass(type(o), torch.Tensor) and o.ndim == 4 and o.shape[-1] == 28 and o.dtype == torch.float32
+    def alive(): return [o.shape for o in gc.get_objects() if is_images(o)]
     gc.collect()
     before = alive()
     ie.fid(images(77)); ie.report(images(77))
@@ -209,9 +217,23 @@ def test_nothing_of_the_images_is_kept(ie):
 @warns
 def test_callbacks_and_the_mode_of_the_model(dls, ie):
     model = Net().train()
-    with pytest.warns(UserWarning, match='mixed precision'): other = ImageEval(model, dls, cbs=[DeviceCB('cpu'), MixedPrecision(dtype=torch.bfloat16)])
-    with pytest.warns(UserWarning, match='mixed precision'): assert other.fid(images(200)) == pytest.approx(ie.fid(images(200)), rel=.05)
+    with pytest.warns(UserWarning, match='mixed precision'):
+        other = ImageEval(model, dls, cbs=[DeviceCB('cpu'), MixedPrecision(dtype=torch.bfloat16)])
+        assert other.fid(images(200)) == pytest.approx(ie.fid(images(200)), rel=.05)
     assert model.training and other.feats.dtype == torch.float32
+
+@warns
+def test_batches_go_through_callbacks(dls, ie):
+    "Those of the images, of the floor and of the samples"
+    darker = ImageEval(Net(), dls, cbs=[DeviceCB('cpu'), BatchTransformCB(lambda b: (b[0]*.5, *b[1:]))])
+    with torch.no_grad(): torch.testing.assert_close(darker.get_feats(images(3)), Net().eval()(images(3)*.5)[..., 0, 0])
+    assert darker.fid(images(200)) != pytest.approx(ie.fid(images(200)), rel=.01) and darker.floor(300) < ie.floor(300)
+
+@warns
+def test_the_learner_is_left_alone(ie):
+    before = vars(ie.learn).copy()
+    ie.report(images(50))
+    assert {k: v for k,v in vars(ie.learn).items() if k[0] != '_'} == {k: v for k,v in before.items() if k[0] != '_'}
 
 def test_a_classifier_gives_its_features_without_its_last_layers(dls):
     clf = Classifier(nfs=(4, 8, 16)).eval()

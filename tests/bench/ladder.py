@@ -1,7 +1,6 @@
 """From the lesson's first DDPM to the fast one, a lever a rung: what each buys, alone and on top of those before it.
 
-    python tests/bench/ladder.py            # measure (more than an hour on two cores), then write the table and the chart
-    python tests/bench/ladder.py --show     # only write them again, from what was measured
+    python tests/bench/ladder.py                                    # more than an hour on two cores; a second call goes on
     python tests/bench/ladder.py --full 'Adam eps 1e-5, lr 5e-3'    # five epochs with all levers up to this one
     python tests/bench/ladder.py --full '12 DDPM' --epochs 2        # the recipe of the notebook 12
 
@@ -9,9 +8,9 @@ Every recipe trains for the same time, with a OneCycle schedule of as many steps
 squared error of the noise that it predicts in 512 test images, at the noise levels of the linear schedule, whatever its
 own schedule and target are; padding does not count. The sums are judged by FID and KID of 2,048 samples (DDIM, 25 steps),
 too (notebook 15). One run each, with the same seed, and two sums with other seeds, to see what is chance. Results:
-tests/bench/ladder.json, nbs/images/ladder.png; weights and samples: _run/ladder.
+tests/bench/ladder.json, which the notebook 92 draws; weights and samples: _run/ladder.
 """
-import argparse, json, os, platform, statistics, time
+import argparse, json, platform, statistics, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,11 +26,12 @@ from miniai.accel import CheckpointCB, EMACB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.conv import def_device
 from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
-from miniai.ddpm import Schedule, SpaceToDepth, to_grid
+from miniai.ddpm import SpaceToDepth, to_grid
 from miniai.dropout import trained_classifier
 from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm, min_snr
 from miniai.fid import ImageEval
 from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, TrainCB
+from miniai.schedule import Schedule, add_noise, extract
 from miniai.sgd import BatchSchedCB
 
 HERE = Path(__file__).parent
@@ -107,9 +107,9 @@ def loaders(memory, size, batch):
 
 def net(r):
     n,c = len(r.chans),r.fold**2
-    down,up = (('DownBlock2D',)+('AttnDownBlock2D',)*(n-1), ('AttnUpBlock2D',)*(n-1)+('UpBlock2D',)) if r.attention else (('DownBlock2D',)*n, ('UpBlock2D',)*n)
+    attn = 'Attn' if r.attention else ''
     unet = UNet(in_channels=c, out_channels=c, block_out_channels=r.chans, layers_per_block=r.layers, norm_num_groups=r.groups,
-                down_block_types=down, up_block_types=up)
+                down_block_types=('DownBlock2D', *[f'{attn}DownBlock2D']*(n-1)), up_block_types=(*[f'{attn}UpBlock2D']*(n-1), 'UpBlock2D'))
     if r.init: init_ddpm(unet)
     model = SpaceToDepth(unet, r.fold) if r.fold > 1 else unet
     return model.to(memory_format=torch.channels_last) if r.channels_last else model
@@ -136,7 +136,9 @@ def train(r, steps, dls, cbs=(), seed=0, wait=True):
     ddpm = (VPredCB if r.v else DDPMCB)(noise, min_snr(noise.ᾱ, r.gamma) if r.gamma else None)
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=r.lr, total_steps=max(steps, 2)))
     clock,ema = Clock(steps, wait),EMACB(.998)
-    own = [MixedPrecision(dtype=torch.bfloat16) if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock, *([GradClipCB(r.clip)] if r.clip else []), *([ema] if r.ema else [])]
+    own = [MixedPrecision(dtype=torch.bfloat16) if r.mixed else TrainCB(), DeviceCB(), ddpm, sched, clock]
+    if r.clip: own.append(GradClipCB(r.clip))
+    if r.ema: own.append(ema)
     opt = partial(optim.Adam, betas=(.9, r.beta2), eps=r.eps, fused=r.fused)
     learn = Learner(torch.compile(model, mode='reduce-overhead') if r.compiled else model, dls, F.mse_loss, r.lr, [*own, *cbs], opt)
     learn.fit(-(-steps//len(dls.train)), valid=False)
@@ -157,8 +159,7 @@ def noise_error(r, model, ddpm, dls):
     gen = torch.Generator().manual_seed(1)
     ε,levels = torch.randn(x0.shape, generator=gen).to(x0),LINEAR.ᾱ[torch.linspace(0, 999, len(x0)).round().long()]
     t = (ddpm.sched.ᾱ.cpu()[None]-levels[:,None]).abs().argmin(1).to(def_device)
-    a = ddpm.sched.ᾱ.to(def_device)[t].view(-1, 1, 1, 1)
-    x_t,asks = a.sqrt()*x0 + (1-a).sqrt()*ε,NoiseFromV(model, ddpm.sched) if r.v else model
+    x_t,asks = add_noise(x0, ε, extract(ddpm.sched.ᾱ.to(def_device), t, x0)),NoiseFromV(model, ddpm.sched) if r.v else model
     model.eval()
     preds = torch.cat([asks(x, s) for x,s in zip(x_t.split(64), t.split(64))])
     return F.mse_loss(inner(preds, r.size), inner(ε, r.size)).item()
@@ -247,68 +248,28 @@ def summed(name):
     return replace(r, **UNUSED[name][0])
 
 def machine():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    cpu = names[0] if names else platform.processor()
     gpu = f', {torch.cuda.get_device_name()}' if def_device == 'cuda' else ''
     return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}'
-
-def table(res):
-    "Markdown"
-    rows = ['| lever | sum: steps | s a step | error | FID | s to sample | alone: s a step | error | what it costs in clarity |', '|---'+'|--:'*7+'|---|']
-    def cells(o, **formats): return [f'{o[k]:{f}}' if k in o else '' for k,f in formats.items()]
-    for nm in NAMES:
-        total,alone = (res[kind].get(nm, {}) for kind in ('sum', 'alone'))
-        _,cost = LEVERS.get(nm, ({}, ''))
-        rows.append('| ' + ' | '.join([nm, *cells(total, steps=',', step='.2f', error='.3f', fid='.0f', sampling='.0f'), *cells(alone, step='.2f', error='.3f'), cost]) + ' |')
-    return '\n'.join(rows)
-
-def figures(res):
-    "Markdown: all that was sampled from, with training, sampler and floor"
-    rows = ['| recipe | trained for | in s | sampler | s to sample | n | FID | × floor | with a clean background | KID ± its error |', '|---|---|--:|---|--:|--:|--:|--:|--:|--:|']
-    found = [dict(recipe=nm, sampler='DDIM 25', trained='one minute', secs=o['seconds'], **o) for nm,o in res['sum'].items()]
-    found += [dict(trained=f"{o['epochs']} epochs", secs=o['step']*o['epochs']*-(-60_000//o['batch']), **o) for o in res['full'].values()]
-    for o in found:
-        rows.append(f"| {o['recipe']} | {o['trained']} | {o['secs']:,.0f} | {o['sampler']} | {o['sampling']:.0f} | {o['n']:,} | "
-                    f"{o['fid']:.1f} | {o['fid']/o['floor']:.0f} | {format(o['clean'], '.1f') if 'clean' in o else ''} | {o['kid']:.4f} ± {o['kid_se']:.4f} |")
-    return '\n'.join(rows)
-
-def chart(res, path):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, 3, figsize=(11, 5.4), sharey=True, layout='constrained')
-    panels = [('step', 'seconds a step of 128', 3.8), ('error', f"error of the noise after {res['seconds']:.0f} s", .2), ('fid', 'FID of 2,048 samples', 650)]
-    for ax,(key,title,most) in zip(axs, panels):
-        for kind,shift in (('alone', .2), ('sum', -.2)):
-            vals = {nm: o[key] for nm,o in res[kind].items() if key in o}
-            colors = ['C2' if nm in UNUSED else 'C0' if kind == 'sum' else 'C7' for nm in vals]
-            ax.barh([NAMES.index(nm)+shift for nm in vals], vals.values(), .4, color=colors)
-            for nm,v in vals.items(): ax.text(min(v, most*.86), NAMES.index(nm)+shift, f' {v:.3g}', va='center', size=7, color='k' if v < most else 'w')
-        for nm in AGAIN: # other seeds
-            vals = [o[key] for k,o in res['again'].items() if k.startswith(nm)]
-            ax.plot(vals, [NAMES.index(nm)-.2]*len(vals), 'k|', ms=7)
-        ax.set_title(title, size=10); ax.set_xlim(0, most)
-    axs[0].set_yticks(range(len(NAMES)), NAMES); axs[0].invert_yaxis(); axs[0].margins(y=.01)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ('C0', 'C7', 'C2')] + [plt.Line2D([], [], marker='|', ls='', color='k')]
-    fig.legend(handles, ['in sum', 'alone, on top of the first', 'on top of all, left out', 'other seeds'], loc='outside lower center', ncols=4)
-    fig.savefig(path, dpi=80)
 
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument('--seconds', type=float, default=60., help='of training for each recipe')
-    ap.add_argument('--show', action='store_true', help='only write table and chart from what was measured')
     ap.add_argument('--full', metavar='RUNG', help='train the sum up to this rung in full instead')
     ap.add_argument('--epochs', type=int, default=5)
     ap.add_argument('--n', type=int, default=2048, help='samples of the full training, a multiple of 256')
     ap.add_argument('--steps', type=int, default=50, help='of DDIM; 0 for all of DDPM')
     args = ap.parse_args()
-    if args.full: return full(args.full, args.epochs, args.n, args.steps)
-    if not args.show: climb(args.seconds)
-    res = results()
-    print(table(res), f"2,048 training images: FID {res['sum'][FIRST]['floor']:.2f}. {res['machine']}", figures(res), sep='\n\n')
-    chart(res, HERE.parent.parent/'nbs'/'images'/'ladder.png')
+    if args.full: full(args.full, args.epochs, args.n, args.steps)
+    else: climb(args.seconds)
 
-def results(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
-def write(res): RESULTS.write_text(json.dumps(res, indent=1, ensure_ascii=False))
+def results():
+    "What was measured so far"
+    return json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else dict(alone={}, sum={}, again={}, full={})
+def write(res): RESULTS.write_text(json.dumps(res | dict(levers=levers()), indent=1, ensure_ascii=False), encoding='utf-8')
+def levers(): return {nm: dict(cost=cost, kept=nm in RUNGS) for nm,(_,cost) in LEVERS.items()}
 
 def climb(seconds):
     "Measure every recipe, and write what is known after each; a second call goes on with what is missing"
