@@ -33,14 +33,14 @@ docs: $(READY) ## build the website into _site/
 	@sh .ci/docs.sh
 
 lab: $(READY) ## open copies of the notebooks in JupyterLab, in _lab/: yours to change
-	@$(BIN)/python .ci/lab.py && cd _lab && ../$(BIN)/jupyter lab $(LAB)
+	@$(BIN)/python .ci/lab.py && $(BIN)/jupyter lab $(LAB) _lab
 
 edit: $(READY) ## open the notebooks themselves in JupyterLab, to change the package
-	@cd nbs && ../$(BIN)/jupyter lab $(LAB)
+	@$(BIN)/jupyter lab $(LAB) nbs
 
 export: $(READY) ## clean the notebooks, take back outputs of broken or quick runs, and write the package
 	@$(BIN)/nbdev-clean && $(BIN)/python .ci/mend.py && $(BIN)/nbdev-export
 
 clean: ## remove what the commands above made, but keep .venv and your notebooks in _lab/
-	@rm -rf _run nbs/_run _lab/_run _site build *.egg-info .pytest_cache .ruff_cache
-	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	@rm -rf _run nbs/_run _site build *.egg-info .pytest_cache .ruff_cache
+	@find . \( -name .venv -o -name _lab \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
