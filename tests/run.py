@@ -12,15 +12,15 @@ CORES = os.cpu_count() or 1
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') # small tensors gain nothing from threads; processes run side by side
 
 def notebooks():
-    "The numbered notebooks that git tracks, not one of your own; all of them where there is no checkout"
+    "The numbered notebooks that git tracks, not one of yours; outside a checkout, all of them"
     res = subprocess.run(['git', 'ls-files', '-z', 'nbs'], cwd=ROOT, capture_output=True, text=True)
     tracked = {ROOT/nm for nm in res.stdout.split('\0')}
     return [p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if not res.stdout or p in tracked]
 
 def lint():
     "Did ruff find nothing? Its rules are in pyproject.toml"
-    names = [p.relative_to(ROOT) for p in notebooks()] + ['miniai', 'tests', '.ci', 'setup.py']
-    return subprocess.run([sys.executable, '-m', 'ruff', 'check', '--quiet', '--output-format', 'concise', *names], cwd=ROOT).returncode == 0
+    ruff = [sys.executable, '-m', 'ruff', 'check', '--quiet', '--output-format', 'concise']
+    return subprocess.run([*ruff, *notebooks(), 'miniai', 'tests', '.ci', 'setup.py'], cwd=ROOT).returncode == 0
 
 def pytest(*args):
     "Run pytest; how many tests passed, and how many did not"

@@ -101,7 +101,7 @@ def lesson(tmp_path):
         for d in ('.ci', 'nbs'): (tmp_path/d).mkdir()
         shutil.copy(ROOT/'.ci/lesson.py', tmp_path/'.ci')
         new = nbformat.v4
-        nb = new.new_notebook(cells=[new.new_markdown_cell(cells[0]), *(new.new_code_cell(c, id=f'c{i+1}') for i,c in enumerate(cells[1:]))])
+        nb = new.new_notebook(cells=[new.new_markdown_cell(cells[0]), *(new.new_code_cell(c, id=f'c{i}') for i,c in enumerate(cells) if i)])
         for c in nb.cells[1:]: c.update(outputs=[new.new_output('stream', text='STALE')], execution_count=7) # as a stored notebook has
         nbformat.write(nb, tmp_path/'nbs/12_small.ipynb')
         env = {k: v for k,v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(ROOT))
@@ -265,8 +265,10 @@ def test_the_readme_in_the_metadata_has_no_relative_links():
     assert links and all(o.startswith('https://') for o in links) and '/raw/main/nbs/images/samples.png)' in meta['long_description']
     assert meta['project_urls'].keys() == {'Source', 'Issues', 'Changelog'}
 
+BARE = dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1', MINIAI_DATA='')
+
 def test_what_a_bug_report_needs(tmp_path):
-    def about(**env): return sh(sys.executable, '-m', 'miniai', cwd=tmp_path, **dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1', MINIAI_DATA='') | env)
+    def about(**env): return sh(sys.executable, '-m', 'miniai', cwd=tmp_path, **BARE | env)
     res = about(MINIAI_BUDGET='quick')
     assert res.returncode == 0 and res.stderr == '' and len(res.stdout.splitlines()) <= 30
     for o in (r'^miniai .* in ', r'^Python 3\.', r'torch \d', r'^device +\w+, \d+ threads', r'^images +\S', r'^budget +quick'):
