@@ -21,7 +21,7 @@ setup(
     license=cfg['license'], keywords=cfg['keywords'].split(), python_requires='>='+cfg['min_python'],
     url=cfg['git_url'], project_urls=dict(o.split('=', 1) for o in cfg['project_urls'].split()),
     long_description=readme, long_description_content_type='text/markdown',
-    packages=['miniai'], include_package_data=True,
+    packages=['miniai'], package_data=dict(miniai=['py.typed', 'weights/**']), include_package_data=False,
     install_requires=cfg['requirements'].split(),
     extras_require=dict(dev=cfg['dev_requirements'].split(), docs=cfg['docs_requirements'].split()),
     entry_points=dict(console_scripts=cfg['console_scripts'].split()+dev_scripts, nbdev=['miniai=miniai._modidx:d']),

@@ -248,6 +248,21 @@ def test_a_notebook_of_ones_own_stays_out_of_the_tests(checkout):
     shutil.rmtree(checkout/'.git') # as in an archive
     assert found() == "['01_a', '02_b', '21_mine']"
 
+def test_ruff_finds_errors_in_tracked_notebooks_and_code(checkout):
+    for nm in ('pyproject.toml', 'setup.py'): shutil.copy(ROOT/nm, checkout)
+    (checkout/'miniai').mkdir()
+    shutil.rmtree(checkout/'tests')
+    (checkout/'tests').mkdir()
+    shutil.copy(ROOT/'tests/run.py', checkout/'tests')
+    def clean(): return sh(sys.executable, '-c', 'import run; print(run.lint())', cwd=checkout/'tests').stdout
+    write_nb(checkout/'nbs/21_mine.ipynb', 'import os') # not tracked
+    assert clean() == 'True\n'
+    for path,write in ((checkout/'nbs/01_a.ipynb', write_nb), (checkout/'miniai/a.py', Path.write_text)):
+        write(path, 'import os\n')
+        assert 'F401' in clean() and 'False' in clean()
+        write(path, '1+1\n')
+    assert clean() == 'True\n'
+
 def metadata(*argv):
     "What setup.py tells setuptools"
     code = ('import json, sys, setuptools\nsetuptools.setup = lambda **kw: print(json.dumps(kw))\n'
@@ -275,6 +290,21 @@ def test_what_a_bug_report_needs(tmp_path):
         assert re.search(o, res.stdout, re.M), o
     res = about(MINIAI_DATA=str(tmp_path), MINIAI_BUDGET='lots')
     assert res.returncode == 0 and 'no IDX files' in res.stdout and "MINIAI_BUDGET is 'lots'" in res.stdout
+
+def test_the_source_of_the_images_is_named_without_loading_it(tmp_path, monkeypatch):
+    import datasets, miniai.datasets
+    from miniai.__main__ import images
+    monkeypatch.delenv('MINIAI_DATA', raising=False)
+    monkeypatch.setattr(miniai.datasets, 'idx_folders', lambda: [tmp_path])
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
+    monkeypatch.setattr(miniai.datasets, 'hub_reachable', lambda timeout: True)
+    assert images().startswith('the hub (')
+    monkeypatch.setattr(miniai.datasets, 'hub_reachable', lambda timeout: False)
+    assert 'drawn' in images()
+    (tmp_path/'cache/zalando-datasets___fashion_mnist').mkdir(parents=True)
+    assert images().startswith("the hub's cache")
+    (tmp_path/'train-images-idx3-ubyte').touch()
+    assert images() == str(tmp_path)
 
 def test_the_readmes_example_runs(tmp_path):
     example,callback = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(encoding='utf-8'), re.S)
