@@ -4,15 +4,15 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 LESSONS = $(wildcard nbs/10_*.ipynb nbs/11_*.ipynb nbs/12_*.ipynb nbs/13_*.ipynb)
 
-.PHONY: help setup demo test lessons data bench docs lab export clean
+.PHONY: help setup demo test lessons data bench docs lab edit export clean
 
 help: ## list these commands (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY) ## install everything into .venv, if that is not done yet
+setup: $(READY) ## install everything into .venv, if that is not done yet; CPU=1 leaves CUDA out
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
-	@sh .ci/setup.sh $(MAKECMDGOALS)
+	@CPU=$(CPU) sh .ci/setup.sh $(MAKECMDGOALS)
 
 demo: $(READY) ## train a diffusion model on pictures of clothes and draw new ones, into _run/
 	@$(BIN)/python .ci/lesson.py nbs/12_ddpm.ipynb
@@ -32,11 +32,15 @@ bench: $(READY) ## measure what the Learner and the loaders cost
 docs: $(READY) ## build the website into _site/
 	@sh .ci/docs.sh
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: $(READY) ## open copies of the notebooks in JupyterLab, in _lab/: yours to change
+	@$(BIN)/python .ci/lab.py && $(BIN)/jupyter lab $(LAB) _lab
 
-export: $(READY) ## clean the notebooks and write the package from them
-	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
+edit: $(READY) ## open the notebooks themselves in JupyterLab, to change the package
+	@$(BIN)/jupyter lab $(LAB) nbs
 
-clean: ## remove what the commands above made, but keep .venv
-	@rm -rf _run _site build *.egg-info .pytest_cache miniai/__pycache__ tests/__pycache__ nbs/.ipynb_checkpoints
+export: $(READY) ## clean the notebooks, take back outputs of broken or quick runs, and write the package
+	@$(BIN)/nbdev-clean && $(BIN)/python .ci/mend.py && $(BIN)/nbdev-export
+
+clean: ## remove what the commands above made, but keep .venv and your notebooks in _lab/
+	@rm -rf _run nbs/_run _site build *.egg-info .pytest_cache .ruff_cache
+	@find . \( -name .venv -o -name _lab \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

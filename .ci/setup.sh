@@ -2,6 +2,7 @@
 # Set up .venv with everything the project needs: `make setup` calls this where it is missing or out of date.
 set -eu
 say() { printf 'miniai: %s\n' "$*" >&2; }
+install() { .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt "$@"; }
 
 find_python() {
     for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
@@ -20,8 +21,18 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     fi
 fi
 
-say "installing into .venv. On Linux torch brings its CUDA libraries, 6 GB in all: some minutes"
-if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; then
+if [ "$(uname)" != Linux ]; then say "installing into .venv, 2 GB in all: some minutes"
+elif [ -n "${CPU:-}" ]; then
+    say "installing PyTorch's build for CPUs, then the rest, into .venv: 2 GB in all"
+    # `+cpu` stands in the versions, so that no index can give a build for CUDA instead
+    if ! install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu \
+        $(sed -n 's/^\(torch\|torchvision\)==.*/&+cpu/p' constraints.txt | grep . || echo torch torchvision); then
+        say "PyTorch's index of CPU builds did not give them (the reason stands above). Without CPU=1, make installs the CUDA build: 6 GB, and it runs on CPUs too"
+        exit 1
+    fi
+else say "installing into .venv. torch brings its CUDA libraries, 6 GB in all: some minutes (on a new .venv, make CPU=1 needs 2 GB)"
+fi
+if ! install --editable '.[dev]'; then
     say "the installation failed; the reason stands above. Run make again to go on where it stopped"; exit 1
 fi
 touch .venv/.ready

@@ -1,4 +1,4 @@
-"""What `make test` runs: the package against the notebooks, then tests/, then every notebook in a process of its own.
+"""What `make test` runs: ruff, the package against the notebooks, then tests/, then every notebook in a process of its own.
 
 The last line counts what passed, and the exit status is 0 only if everything did.
 """
@@ -11,6 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CORES = os.cpu_count() or 1
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') # small tensors gain nothing from threads; processes run side by side
 
+def notebooks():
+    "The numbered notebooks that git tracks, not one of yours; outside a checkout, all of them"
+    res = subprocess.run(['git', 'ls-files', '-z', 'nbs'], cwd=ROOT, capture_output=True, text=True)
+    tracked = {ROOT/nm for nm in res.stdout.split('\0')}
+    return [p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if not res.stdout or p in tracked]
+
+def lint():
+    "Did ruff find nothing? Its rules are in pyproject.toml"
+    ruff = [sys.executable, '-m', 'ruff', 'check', '--quiet', '--output-format', 'concise']
+    return subprocess.run([*ruff, *notebooks(), 'miniai', 'tests', '.ci', 'setup.py'], cwd=ROOT).returncode == 0
+
 def pytest(*args):
     "Run pytest; how many tests passed, and how many did not"
     with tempfile.TemporaryDirectory() as tmp:
@@ -21,9 +32,9 @@ def pytest(*args):
     return n['tests']-bad-n['skipped'], bad or int(code != 0)
 
 def notebook(path):
-    "Run one notebook with nbdev_test in a process of its own: did it pass, how long did it take, what did it say"
+    "Run one notebook with nbdev-test in a process of its own: did it pass, how long did it take, what did it say"
     start = time.time()
-    res = subprocess.run([Path(sys.executable).with_name('nbdev_test'), path, '--n-workers', '0'],
+    res = subprocess.run([Path(sys.executable).with_name('nbdev-test'), path, '--n-workers', '0'],
                          cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     ok = res.returncode == 0 and 'Success.' in res.stdout # a path that matches nothing exits with 0 as well
     how = '' if ok else f'exit status {res.returncode}\n{res.stdout[-6000:]}'
@@ -31,15 +42,17 @@ def notebook(path):
     return ok
 
 def main():
+    clean = lint()
     passed,failed = pytest('tests/test_sync.py')
     if failed:
-        print('The package and the notebooks do not agree (or the notebooks are not clean): `make export` mends that.')
+        print('The package and the notebooks do not agree, or a notebook shows a broken run: `make export` mends what it can.')
     else:
         ok,bad = pytest('tests', '--ignore=tests/test_sync.py')
-        paths = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+        paths = notebooks()
         with ThreadPoolExecutor(CORES) as pool: results = list(pool.map(notebook, paths))
         passed,failed = passed+ok+sum(results), failed+bad+results.count(False)+(not paths)
-    print(f'miniai: {passed} passed, {failed} failed')
-    sys.exit(bool(failed))
+    if not clean: print('ruff found what stands at the top of this log')
+    print(f'miniai: {passed} passed, {failed} failed{"" if clean else ", and ruff found something"}')
+    sys.exit(bool(failed) or not clean)
 
 if __name__ == '__main__': main()
