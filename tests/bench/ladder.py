@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import optim
 
+from machine import machine
 from miniai.accel import CheckpointCB, EMACB, GradClipCB, MixedPrecision
 from miniai.activations import set_seed
 from miniai.conv import def_device
@@ -246,13 +247,6 @@ def summed(name):
     if name in LONG: return replace(r, **LONG[name])
     if name not in UNUSED: raise SystemExit(f'no rung is called {name!r}: {", ".join([*NAMES, *LONG, *LESSONS])}')
     return replace(r, **UNUSED[name][0])
-
-def machine():
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
-    cpu = names[0] if names else platform.processor()
-    gpu = f', {torch.cuda.get_device_name()}' if def_device == 'cuda' else ''
-    return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}'
 
 def main():
     ap = argparse.ArgumentParser()
