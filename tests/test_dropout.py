@@ -1,5 +1,6 @@
 "Dropout against PyTorch's, by its properties, for all shapes and types; the classifier, its files and where they are looked for"
 import json, math
+from types import SimpleNamespace
 
 import pytest, torch
 from torch import nn
@@ -10,7 +11,8 @@ from miniai.datasets import drawn, fashion_mnist, in_memory, is_drawn
 from miniai.dropout import Classifier, Dropout, Dropout2d, fit_classifier, load_classifier, save_classifier, trained_classifier
 from miniai.training import accuracy
 
-@pytest.mark.parametrize('ours,theirs,shape', [(Dropout, nn.Dropout, (50, 40)), (Dropout, nn.Dropout, (5, 20, 4, 5)), (Dropout2d, nn.Dropout2d, (40, 50, 3, 3))])
+@pytest.mark.parametrize('ours,theirs,shape', [(Dropout, nn.Dropout, (50, 40)), (Dropout, nn.Dropout, (5, 20, 4, 5)),
+                                               (Dropout2d, nn.Dropout2d, (40, 50, 3, 3))])
 @pytest.mark.parametrize('p', [.05, .5, .9])
 def test_moments_are_those_of_pytorch(ours, theirs, shape, p):
     set_seed(0)
@@ -74,7 +76,8 @@ def test_a_classifier_from_its_files_is_the_same(tmp_path):
     for k,v in model.state_dict().items(): torch.testing.assert_close(again.state_dict()[k], v, rtol=1e-3, atol=1e-6)
     assert json.loads((tmp_path/'a'/'b'/'config.json').read_text())['about'] == dict(seed=3, note='to be found again')
     save_classifier(again, tmp_path/'second')
-    assert all(torch.equal(v, load_classifier(tmp_path/'second').state_dict()[k]) for k,v in again.state_dict().items()), 'nothing is lost a second time'
+    second = load_classifier(tmp_path/'second').state_dict()
+    assert all(torch.equal(v, second[k]) for k,v in again.state_dict().items()), 'nothing is lost a second time'
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     save_classifier(Classifier(**SMALL), tmp_path)
@@ -111,6 +114,17 @@ def test_a_classifier_that_is_missing_is_trained_and_kept(tmp_path, monkeypatch,
     assert calls == [77] and (tmp_path/'miniai/classifier-77/config.json').exists() and not second.training
     trained_classifier(77, folder=tmp_path/'mine', device='cpu')
     assert calls == [77, 77] and (tmp_path/'mine/model.safetensors').exists()
+
+@pytest.mark.parametrize('n_images,n_epochs,folder,kept',
+                         [(60_000, 5, None, True), (60_000, 1, None, False), (60, 5, None, False), (60, 1, 'mine', True)])
+def test_the_cache_keeps_only_classifiers_like_ours(tmp_path, monkeypatch, n_images, n_epochs, folder, kept):
+    class Train:
+        def __len__(self): return n_images
+    monkeypatch.setattr(miniai.dropout, 'fit_classifier', lambda dd, seed, n_epochs, **kw: SimpleNamespace(model=Classifier(**SMALL)))
+    monkeypatch.setattr(miniai.dropout, 'is_drawn', lambda dd: False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    trained_classifier(77, dict(train=Train()), folder and tmp_path/folder, n_epochs, device='cpu')
+    assert any(tmp_path.rglob('config.json')) == kept
 
 def test_without_the_real_set_there_is_an_error_and_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(miniai.dropout, 'fashion_mnist', lambda: drawn(20, 20))

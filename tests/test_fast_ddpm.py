@@ -10,7 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn, optim
 
 from miniai import ddpm
-from miniai.accel import AccelerateCB, EMACB, GradAccumCB, GradClipCB, MixedPrecision
+from miniai.accel import AccelerateCB, GradAccumCB, GradClipCB, MixedPrecision
+from miniai.ema import EMACB
 from miniai.activations import set_seed
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ddpm import SpaceToDepth

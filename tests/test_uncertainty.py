@@ -6,20 +6,23 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-import miniai.augment
+import miniai.augment # noqa: F401 (it gives learners capture_preds)
 from miniai.activations import set_seed
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.dropout import Dropout, Dropout2d
 from miniai.learner import Callback, CancelEpochException, DeviceCB, Learner, TrainCB
-from miniai.uncertainty import MCDropoutCB, PassStats, TTD_CB, entropy, fit_temperature, is_dropout, mc_predict, reliability, risk_coverage
+from miniai.uncertainty import MCDropoutCB, PassStats, TTD_CB, entropy, fit_temperature, mc_predict, reliability, risk_coverage
 
 KINDS = [Dropout, Dropout2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
 
 def learner(model, n=40, **kw):
     x,y = torch.randn(n, 6),torch.arange(n) % 3
-    return Learner(model, DataLoaders(TensorLoader(x, y, bs=16), TensorLoader(x, y, bs=16)), F.cross_entropy, cbs=[TrainCB(), DeviceCB('cpu')], **kw)
+    dls = DataLoaders(TensorLoader(x, y, bs=16), TensorLoader(x, y, bs=16))
+    return Learner(model, dls, F.cross_entropy, cbs=[TrainCB(), DeviceCB('cpu')], **kw)
 
-def net(p=.5): return nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Sequential(nn.Sequential(Dropout(p))), nn.Linear(20, 3), nn.Dropout(p))
+def net(p=.5):
+    deep = nn.Sequential(nn.Sequential(Dropout(p)))
+    return nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), deep, nn.Linear(20, 3), nn.Dropout(p))
 
 class Watch(Callback):
     "Who is in training mode, batch by batch"

@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch import optim
 
 from machine import machine
-from miniai.accel import CheckpointCB, EMACB, GradClipCB, MixedPrecision
+from miniai.accel import GradClipCB, MixedPrecision
 from miniai.activations import set_seed
+from miniai.checkpoint import CheckpointCB
 from miniai.conv import def_device
 from miniai.datasets import DataLoaders, fashion_mnist, in_memory, inplace, to_float
 from miniai.ddpm import SpaceToDepth, to_grid
 from miniai.dropout import trained_classifier
+from miniai.ema import EMACB
 from miniai.fast_ddpm import DDPMCB, UNet, NoiseFromV, VPredCB, init_ddpm, min_snr
 from miniai.fid import ImageEval
 from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, TrainCB
