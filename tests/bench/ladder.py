@@ -10,7 +10,7 @@ own schedule and target are; padding does not count. The sums are judged by FID 
 too (notebook 15). One run each, with the same seed, and two sums with other seeds, to see what is chance. Results:
 tests/bench/ladder.json, which the notebook 92 draws; weights and samples: _run/ladder.
 """
-import argparse, json, platform, statistics, time
+import argparse, json, statistics, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
