@@ -51,9 +51,12 @@ def on_config(config):
         return write(f'nbs/{page.name}', json.dumps(nb))
 
     def reference(module):
-        nb = re.search(r'File to edit: \.\./(nbs/.+\.ipynb)', module.read_text(encoding='utf-8'))[1]
+        "Its notebooks, of which the first orders the modules, and its page"
+        nbs = sorted(set(re.findall(r'^# %% \.\./(nbs/.+\.ipynb)', module.read_text(encoding='utf-8'), re.M)))
+        if not nbs: raise Abort(f'{module.name} names no notebook that it comes from')
+        links = ', '.join(f'[{Path(nb).stem}](../{nb})' for nb in nbs)
         name = f'miniai.{module.stem}'
-        return nb,{module.stem: write(f'api/{module.stem}.md', f'# {name}\n\n[Explained in its notebook](../{nb})\n\n::: {name}\n')}
+        return nbs,{module.stem: write(f'api/{module.stem}.md', f'# {name}\n\nExplained in {links}\n\n::: {name}\n')}
 
     readme = root/'README.md'
     modules = [p for p in (root/'miniai').glob('[!_]*.py') if p.stem != 'imports'] # which only repeats the others
