@@ -12,9 +12,9 @@ def statements(node):
         if not isinstance(n, FUNCTIONS): yield from statements(n)
 
 def read(path):
-    "Of a file: statements by the line on which they begin, with their decorators, and comments behind code by their line"
+    "Of a file: statements by the line on which they or a decorator of theirs begin, and comments behind code by their line"
     src = path.read_text(encoding='utf-8')
-    nodes = {min(o.lineno for o in (n, *getattr(n, 'decorator_list', ()))): n for n in statements(ast.parse(src))}
+    nodes = {o.lineno: n for n in statements(ast.parse(src)) for o in (n, *getattr(n, 'decorator_list', ()))}
     tokens = tokenize.generate_tokens(io.StringIO(src).readline)
     return nodes,{t.start[0]: t.string.lstrip('# ') for t in tokens if t.type==tokenize.COMMENT and t.line[:t.start[1]].strip()}
 
