@@ -4,10 +4,11 @@
 
 Each training is timed from an untrained network to the end of its last step; what the GPU does when it is first used is left
 out (20 steps go before), but compiling counts. A step that waits for the GPU is an error. Results: 'gpu' in
-tests/bench/ladder.json, and nbs/images/gpu.png; samples: _run/ladder/gpu.
+tests/bench/ladder.json, and nbs/images/gpu.png, or with --out, gpu.json and gpu.png there; samples: _run/ladder/gpu.
 """
-import argparse, time
+import argparse, json, time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -114,15 +115,20 @@ def chart(profiles, path, ms=120):
     fig.savefig(path, dpi=80)
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, help='a folder for the results, in place of the repository')
+    out = parser.parse_args().out
     if def_device != 'cuda': raise SystemExit('this needs a CUDA GPU')
     res = dict(machine=machine())
-    res['five'] = {name: five(name, RECIPES[name]) for name in (LARGE, 'torch.compile')}
+    def save(): # as results come: a time limit loses nothing
+        if out: (out/'gpu.json').write_text(json.dumps(res, indent=1))
+    res['five'] = {}
+    for name in (LARGE, 'torch.compile'): res['five'][name] = five(name, RECIPES[name]); save()
     profiles = {name: profiled(r) for name,r in RECIPES.items()}
-    chart(profiles, HERE.parent.parent/'nbs'/'images'/'gpu.png')
-    res['profiles'] = {name: summary(p) for name,p in profiles.items()}
-    res['step'] = times()
+    chart(profiles, (out or HERE.parent.parent/'nbs'/'images')/'gpu.png')
+    res['profiles'] = {name: summary(p) for name,p in profiles.items()}; save()
+    res['step'] = times(); save()
     print(res)
-    write(results() | dict(gpu=res))
+    if not out: write(results() | dict(gpu=res))
 
 if __name__ == '__main__': main()
