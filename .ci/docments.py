@@ -1,6 +1,7 @@
 "Docments for the reference: a comment behind code describes the parameters on its line, what is returned, or what is assigned"
 import ast, io, tokenize
-from griffe import Docstring, DocstringAttribute, DocstringParameter, DocstringSectionAttributes, DocstringSectionParameters, DocstringSectionText, Extension
+from griffe import Docstring, DocstringAttribute, DocstringParameter, Extension
+from griffe import DocstringSectionAttributes, DocstringSectionParameters, DocstringSectionText
 
 FUNCTIONS = ast.FunctionDef,ast.AsyncFunctionDef
 
@@ -52,6 +53,11 @@ def describe(obj, nodes, comments):
             elif not o.name.startswith('_'): fields.append(DocstringAttribute(o.name, description=text, annotation=o.annotation))
     if fields: add(obj, DocstringSectionAttributes(fields))
 
+def linked(alias):
+    "The name, and where there is one, a link to its description"
+    o = alias.final_target
+    return f'[`{alias.name}`][{o.path}]' if o.is_public and o.has_docstrings else f'`{alias.name}`'
+
 class Docments(Extension):
     def on_package(self, *, pkg, **kwargs):
         mods = [o for o in (pkg, *pkg.modules.values()) if not o.is_alias]
@@ -65,5 +71,5 @@ class Docments(Extension):
         for mod in mods:
             elsewhere = [o for o in mod.members.values() if o.is_alias]
             for o in elsewhere: o.public = False # it is shown where it is defined
-            names = [f'[`{o.name}`][{o.target_path}]' for o in elsewhere if o.name in (mod.exports or ()) and o.target_path.startswith(pkg.name+'.')]
-            if names: add(mod, DocstringSectionText('Also here: ' + ', '.join(names)))
+            own = [o for o in elsewhere if o.name in (mod.exports or ()) and o.target_path.startswith(f'{pkg.name}.')]
+            if own: add(mod, DocstringSectionText('Also here: ' + ', '.join(map(linked, own))))

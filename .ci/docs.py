@@ -33,6 +33,10 @@ def on_config(config):
             if f.suffix not in ('.ipynb', '.md'): shutil.copy(f, dest)
         return text
 
+    def in_html(m):
+        "A link as it is on the site, where mkdocs does not see it"
+        return m[0].replace('README.md', 'index.md').replace('.github/', '').replace('.md', '.html').replace('.ipynb', '.html')
+
     def notebook(page):
         nb = json.loads(page.read_text(encoding='utf-8'))
         cells,nb['cells'] = nb['cells'],[]
@@ -44,7 +48,7 @@ def on_config(config):
                 if 'code-fold: true' in said: cell['metadata']['tags'] = ['fold']
                 text = directive.sub('', text).strip('\n')
             else:
-                text = link.sub(lambda m: m[0].replace('README.md', 'index.html').replace('.github/', '').replace('.ipynb', '.html'), place(page, text))
+                text = link.sub(in_html, place(page, text))
                 # mkdocs-jupyter leaves code between backticks out of its table of contents, which then links nowhere
                 text = heading.sub(lambda m: re.sub('`(.+?)`', r'<code>\1</code>', m[0]), text)
             nb['cells'].append({**cell, 'source': text})

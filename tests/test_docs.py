@@ -1,5 +1,5 @@
 "The website's reference, and the papers for contributors: what they say is what the code does"
-import importlib, pkgutil, re, sys
+import importlib, pkgutil, re
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,15 @@ def visit(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT/'.ci'))
     docments = importlib.import_module('docments')
     def make(**modules):
-        with griffe.temporary_visited_package('pkg', {f'{k}.py': v for k,v in modules.items()}, extensions=griffe.load_extensions(docments.Docments)) as pkg:
-            return pkg
+        files,extensions = {f'{k}.py': v for k,v in modules.items()},griffe.load_extensions(docments.Docments)
+        with griffe.temporary_visited_package('pkg', files, extensions=extensions) as pkg: return pkg
     return make
 
 def said(obj):
     "What docstring and docments say of `obj`"
     res = dict(text=obj.docstring.value, params={}, fields={}, more=[])
     for s in obj.docstring.parsed:
-        if s.kind.value in ('parameters', 'attributes'): res['params' if s.kind.value == 'parameters' else 'fields'] |= {o.name: o.description for o in s.value}
+        if key := dict(parameters='params', attributes='fields').get(s.kind.value): res[key] |= {o.name: o.description for o in s.value}
         elif s.value != obj.docstring.value: res['more'].append(s.value)
     return res
 
@@ -41,11 +41,20 @@ def f(
     "Does it"
     return x # no docment
 ''')['a.f']
-    assert said(f) == dict(text='Does it', params={'x': 'the x', 'y, args': 'both', 'z': 'not a comment in a string'}, fields={}, more=['**Returns:** (n,)'])
+    params = {'x': 'the x', 'y, args': 'both', 'z': 'not a comment in a string'}
+    assert said(f) == dict(text='Does it', params=params, fields={}, more=['**Returns:** (n,)'])
 
 def test_a_docment_without_a_docstring_is_shown(visit):
-    a = visit(a='def f(x): # the x\n    return x\ndef g(x):\n    return x # no docment\ndef h(x) -> int: # as fastcore reads it\n    return x\n')['a']
-    assert said(a['f'])['params'] == {'x': 'the x'} and a['g'].docstring is None and said(a['h'])['more'] == ['**Returns:** as fastcore reads it']
+    a = visit(a='''
+def f(x): # the x
+    return x
+def g(x):
+    return x # no docment
+def h(x) -> int: # as fastcore reads it
+    return x
+''')['a']
+    assert said(a['f'])['params'] == {'x': 'the x'} and a['g'].docstring is None
+    assert said(a['h'])['params'] == {} and said(a['h'])['more'] == ['**Returns:** as fastcore reads it']
 
 def test_a_function_on_one_line(visit):
     a = visit(a='def f(x): return x # what it is\ndef g(x): "Said"; return x # more\ndef h(x, # the x\n      y=1): return x # the y\n')['a']
@@ -54,7 +63,15 @@ def test_a_function_on_one_line(visit):
 
 def test_a_dataclass_has_an_init_without_source(visit):
     "And its fields are described"
-    A = visit(a='from dataclasses import dataclass\n@dataclass(frozen=True)\nclass A:\n    "A"\n    x: int\n    y: str=None # the y\n    _z: int=0 # private\n')['a.A']
+    A = visit(a='''
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class A:
+    "A"
+    x: int
+    y: str=None # the y
+    _z: int=0 # private
+''')['a.A']
     assert said(A) == dict(text='A', params={}, fields={'y': 'the y'}, more=[])
     assert [p.name for p in A['__init__'].parameters] == ['self', 'x', 'y', '_z'] and A['__init__'].docstring is None
 
@@ -101,9 +118,21 @@ def test_a_patched_method_is_shown_in_its_class(visit, here):
     assert said(pkg['b.B.n'])['text'] == 'N' and 'n' not in pkg['b'].members
 
 def test_what_a_module_passes_on_is_shown_where_it_is_defined(visit):
-    pkg = visit(a='"A"\nfrom .b import f, g\nfrom math import pi\n__all__ = ["f", "pi", "h"]\n_all_ = ["f"]\ndef h(): "H"\n', b='def f(x): # the x\n    "F"\ndef g(): "G"\n')
+    pkg = visit(a='''
+"A"
+from .b import f, g, N
+from math import pi
+__all__ = ["f", "N", "pi", "h"]
+_all_ = ["f", "N"]
+def h(): "H"
+''', b='''
+N = 3
+def f(x): # the x
+    "F"
+def g(): "G"
+''')
     assert [o.name for o in pkg['a'].members.values() if o.is_public] == ['h']
-    assert said(pkg['a'])['more'] == ['Also here: [`f`][pkg.b.f]']
+    assert said(pkg['a'])['more'] == ['Also here: [`f`][pkg.b.f], `N`'] # of which nothing is said
     assert pkg['b.f'].is_public and said(pkg['b.f'])['params'] == {'x': 'the x'}
 
 # What .github/CONTRIBUTING.md says
@@ -122,14 +151,16 @@ def test_the_table_of_orders():
     cbs = [c for c in below(Callback) if c.__module__.startswith('miniai.') and c.__name__[0] != '_']
     names = [c.__name__ for c in cbs]
     def name(c): return c.__name__ if names.count(c.__name__) == 1 else f'{c.__module__.removeprefix("miniai.")}.{c.__name__}'
-    assert {nm: float(order) for order,cells,_ in rows('Callbacks and their order') for nm in quoted(cells)} == {name(c): c.order for c in cbs}
+    said = {nm: float(order) for order,cells,_ in rows('Callbacks and their order') for nm in quoted(cells)}
+    assert said == {name(c): c.order for c in cbs}
 
 def test_the_table_of_rooms():
-    "Every notebook with the modules that it fills"
-    filled = {p.stem: set() for p in (ROOT/'nbs').glob('[0-9]*.ipynb')}
+    "Every notebook with the modules that it fills, and those that fill none"
+    filled = {}
     for p in (ROOT/'miniai').glob('[!_]*.py'):
-        for nb in re.findall(r'^# %% \.\./nbs/(.+)\.ipynb', p.read_text(encoding='utf-8'), re.M): filled[nb].add(p.stem)
+        for nb in re.findall(r'^# %% \.\./nbs/(.+)\.ipynb', p.read_text(encoding='utf-8'), re.M): filled.setdefault(nb, set()).add(p.stem)
     said = {nb: set(quoted(mods)) for nbs,mods,_ in rows('Where things live') for nb in quoted(nbs)}
-    assert said == filled
+    assert {nb: mods for nb,mods in said.items() if mods} == filled
+    assert all((ROOT/f'nbs/{nb}.ipynb').exists() for nb in said)
 
 def test_it_is_short(): assert len(CONTRIBUTING.splitlines()) < 120

@@ -59,13 +59,15 @@ class Runner:
         limit = min(limit, left())
         if self.stopped or limit < 1: return self.summary.add(name, 'stopped', 0., LOGS/'none')
         with open(log, 'wb') as f:
-            proc = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, process_group=0, env=os.environ | env)
+            proc = subprocess.Popen([sys.executable, *args], cwd=ROOT, env=os.environ | env, process_group=0,
+                                    stdout=f, stderr=subprocess.STDOUT)
         self.running.add(proc)
         try: result = 'passed' if proc.wait(limit) == 0 else 'failed'
         except subprocess.TimeoutExpired: result = 'timed out'
         kill(proc) # and what it started
         self.running.discard(proc)
-        if args[0] == '-c' and result == 'passed' and 'Success.' not in log.read_text(errors='replace'): result = 'failed' # no notebook was there
+        if args[:2] == ['-c', NOTEBOOK] and result == 'passed' and 'Success.' not in log.read_text(errors='replace'):
+            result = 'failed' # there was no notebook
         self.summary.add(name, 'stopped' if self.stopped else result, time.monotonic()-start, log)
 
     def stop(self, *_):
@@ -96,9 +98,9 @@ def main():
     for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(sig, runner.stop)
     with ThreadPoolExecutor(setting('WORKERS', os.cpu_count() or 1)) as pool:
         each = setting('EACH', 300)
-        jobs = [pool.submit(runner.run, p, ['-c', NOTEBOOK, p], each, **env) for p in notebooks]
-        jobs += [pool.submit(runner.run, p, ['-m', 'pytest', '-p', 'no:cacheprovider', p], each, **env) for p in found('TESTS', 'tests/test_*.py')]
-        for o in jobs: o.result()
+        jobs = [(p, ['-c', NOTEBOOK, p]) for p in notebooks]
+        jobs += [(p, ['-m', 'pytest', '-p', 'no:cacheprovider', p]) for p in found('TESTS', 'tests/test_*.py')]
+        for o in [pool.submit(runner.run, *job, each, **env) for job in jobs]: o.result()
     if cuda and setting('GPU', '1'): # alone, since it measures
         runner.run('gpu.py', ['tests/bench/gpu.py', '--out', str(out)], left(), **env)
     sys.exit(not summary.end())

@@ -17,14 +17,16 @@ case ${out:-/} in /*) ;; *) out=$PWD/$out;; esac
 cd "$(dirname "$0")/../.."
 WHEELS=${WHEELS:-.whl}
 [ "${DEVICE:-cuda}" = cuda ] || export CUDA_VISIBLE_DEVICES=
-usable() { "$1" -c 'import accelerate, datasets, diffusers, fastprogress, nbdev, pytest, torch, torcheval, torchmetrics, torchvision' 2>/dev/null; }
+NEEDED='accelerate, datasets, diffusers, fastprogress, nbdev, pytest, torch, torcheval, torchmetrics, torchvision'
+usable() { "$1" -c "import $NEEDED" 2>/dev/null; }
 
 with_wheels() { # an environment of its own on top of a python3 that has PyTorch
     local outer=$1 env=_run/cuda/venv
     "$outer" -c 'import torch' 2>/dev/null && ls "$WHEELS"/*.whl >/dev/null 2>&1 || return 1
     rm -rf "$env"; "$outer" -m venv --without-pip "$env"
     # `outer` may be a virtual environment itself, whose packages --system-site-packages would not find
-    "$outer" -c 'import site; print("\n".join(site.getsitepackages()))' >"$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+    local folders='import site; print("\n".join(site.getsitepackages()))'
+    "$outer" -c "$folders" >"$("$env/bin/python" -c "$folders" | head -n 1)/outer.pth"
     local install="$outer -m pip --python $env/bin/python install -q --no-index --no-deps --disable-pip-version-check"
     $install --no-compile "$WHEELS"/*.whl
     $install --no-build-isolation -e . || echo "miniai itself could not be installed: tests of its commands will fail" >&2
@@ -37,7 +39,7 @@ for python in ${PYTHON:-} .venv/bin/python python3; do
     python=
 done
 if [ -z "$python" ]; then
-    echo "no usable Python: make setup, or carry the wheels that tests/bench/cuda_wheels.sh gathers in $WHEELS to a python3 with PyTorch" >&2; exit 1
+    echo "no usable Python: make setup, or carry the wheels that cuda_wheels.sh gathers in $WHEELS to a python3 with PyTorch" >&2; exit 1
 fi
 [ ! -d "$WHEELS/fashion-mnist" ] || export MINIAI_DATA=${MINIAI_DATA:-$PWD/$WHEELS/fashion-mnist}
 exec "$python" tests/bench/cuda.py "${out:-_run/cuda}"

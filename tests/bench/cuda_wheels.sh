@@ -31,9 +31,12 @@ print("\n".join(o for o in sys.stdin.read().split() if name(o) not in have))' "$
 import configparser
 cfg = configparser.ConfigParser(delimiters=["="]); cfg.read("settings.ini", encoding="utf-8")
 print(cfg["DEFAULT"]["requirements"], cfg["DEFAULT"]["dev_requirements"], "ipykernel")' | missing >"$tmp/ask"
-"$python" -m pip install --dry-run --ignore-installed --target "$tmp/none" --report "$tmp/report.json" "${target[@]}" -c constraints.txt -r "$tmp/ask"
-"$python" -c 'import json, sys; print(*(o["name"] + "==" + o["version"] for p in json.load(sys.stdin)["install"] for o in [p["metadata"]]))' \
-    <"$tmp/report.json" | missing >"$tmp/get"
+"$python" -m pip install --dry-run --ignore-installed --target "$tmp/none" --report "$tmp/report" "${target[@]}" \
+    -c constraints.txt -r "$tmp/ask"
+"$python" -c '
+import json, sys
+for o in json.load(sys.stdin)["install"]: print(o["metadata"]["name"] + "==" + o["metadata"]["version"])' \
+    <"$tmp/report" | missing >"$tmp/get"
 rm -rf "$folder"; mkdir -p "$folder"; echo "*" >"$folder/.gitignore"
 "$python" -m pip download --no-deps -d "$folder" "${target[@]}" -r "$tmp/get"
 if [ -n "${FASHION:-}" ]; then mkdir "$folder/fashion-mnist"; cp "$FASHION"/*-ubyte.gz "$folder/fashion-mnist/"; fi

@@ -71,7 +71,7 @@ class Strict(Callback):
     def cleanup_fit(self, learn): torch.cuda.set_sync_debug_mode('default')
 
 def profiled(r, n=12):
-    "Steps of `r` after a warm-up: spans of (start, end) in ms of the loader, of the steps on the CPU, and of the GPU; calls that wait for it"
+    "Steps of `r` after a warm-up: spans (start, end) in ms of the loader, of the steps on the CPU, and of the GPU; calls that wait for it"
     dls = loaders(r.memory, r.size, r.batch)
     train(r, 3*n, dls, [Strict()], wait=False) # raises an error at the first wait
     watched = DataLoaders(Watched(dls.train), dls.valid)
@@ -82,10 +82,12 @@ def profiled(r, n=12):
     cpu = [e for e in events if e.device_type.name == 'CPU']
     steps = sorted((e.time_range.start, e.time_range.end) for e in cpu if e.name == 'step')[n:]
     begin,end = steps[0][0],steps[-1][1]
-    def spans(evs): return [((e.time_range.start-begin)/1e3, (e.time_range.end-begin)/1e3) for e in evs if begin <= e.time_range.start < end]
+    def ms(a, b): return (a-begin)/1e3,(b-begin)/1e3
+    def spans(evs): return [ms(e.time_range.start, e.time_range.end) for e in evs if begin <= e.time_range.start < end]
     gpu = [e for e in events if e.device_type.name == 'CUDA' and e.name not in ('step', 'loader') and not e.name.startswith('Optimizer')]
     waits = sorted({e.name for e in cpu if 'ynchronize' in e.name and begin <= e.time_range.start < end})
-    return dict(loader=spans([e for e in cpu if e.name == 'loader']), steps=[((a-begin)/1e3, (b-begin)/1e3) for a,b in steps], gpu=merged(spans(gpu)), waits=waits)
+    loader = spans([e for e in cpu if e.name == 'loader'])
+    return dict(loader=loader, steps=[ms(*o) for o in steps], gpu=merged(spans(gpu)), waits=waits)
 
 def merged(spans, gap=.005):
     "Spans that touch, or nearly, as one"
@@ -108,7 +110,8 @@ def chart(profiles, path, ms=120):
     fig,axs = plt.subplots(len(profiles), 1, figsize=(11, 1.4*len(profiles)), sharex=True, layout='constrained')
     for ax,(name,p) in zip(axs, profiles.items()):
         for y,(key,color) in enumerate((('loader', 'C3'), ('steps', 'C0'), ('gpu', 'C2'))):
-            ax.broken_barh([(a, b-a) for a,b in p[key] if a < ms], (y-.35, .7), color=color, edgecolor='w' if key == 'steps' else 'none', lw=.8)
+            edge = 'w' if key == 'steps' else 'none'
+            ax.broken_barh([(a, b-a) for a,b in p[key] if a < ms], (y-.35, .7), color=color, edgecolor=edge, lw=.8)
         ax.set_yticks(range(3), ['loader', 'Python, step by step', 'GPU']); ax.set_xlim(0, ms); ax.invert_yaxis()
         ax.set_title(name, size=9)
     axs[-1].set_xlabel('ms')
