@@ -1,4 +1,4 @@
-"Gathers the website's pages for mkdocs: README, each notebook without nbdev's directives, and a page for each module"
+"Gathers the website's pages for mkdocs: README, each notebook without nbdev's directives, a page for each module, and .github's papers"
 import json, logging, re, shutil
 from collections import Counter
 from operator import itemgetter
@@ -33,6 +33,10 @@ def on_config(config):
             if f.suffix not in ('.ipynb', '.md'): shutil.copy(f, dest)
         return text
 
+    def in_html(m):
+        "A link as it is on the site, where mkdocs does not see it"
+        return m[0].replace('README.md', 'index.md').replace('.github/', '').replace('.md', '.html').replace('.ipynb', '.html')
+
     def notebook(page):
         nb = json.loads(page.read_text(encoding='utf-8'))
         cells,nb['cells'] = nb['cells'],[]
@@ -44,22 +48,31 @@ def on_config(config):
                 if 'code-fold: true' in said: cell['metadata']['tags'] = ['fold']
                 text = directive.sub('', text).strip('\n')
             else:
-                text = link.sub(lambda m: m[0].replace('README.md', 'index.html').replace('.ipynb', '.html'), place(page, text))
+                text = link.sub(in_html, place(page, text))
                 # mkdocs-jupyter leaves code between backticks out of its table of contents, which then links nowhere
                 text = heading.sub(lambda m: re.sub('`(.+?)`', r'<code>\1</code>', m[0]), text)
             nb['cells'].append({**cell, 'source': text})
         return write(f'nbs/{page.name}', json.dumps(nb))
 
-    def reference(module):
-        nb = re.search(r'File to edit: \.\./(nbs/.+\.ipynb)', module.read_text(encoding='utf-8'))[1]
-        name = f'miniai.{module.stem}'
-        return nb,{module.stem: write(f'api/{module.stem}.md', f'# {name}\n\n[Explained in its notebook](../{nb})\n\n::: {name}\n')}
+    def paper(page):
+        "A page of the repository, which stands at the top of the site"
+        text = place(page, page.read_text(encoding='utf-8'))
+        return write(page.name, link.sub(lambda m: m[0].replace('../', '').replace('.github/', ''), text))
 
-    readme = root/'README.md'
+    def reference(module):
+        "Its notebooks, of which the first orders the modules, and its page"
+        nbs = sorted(set(re.findall(r'^# %% \.\./(nbs/.+\.ipynb)', module.read_text(encoding='utf-8'), re.M)))
+        if not nbs: raise Abort(f'{module.name} names no notebook that it comes from')
+        links = ', '.join(f'[{Path(nb).stem}](../{nb})' for nb in nbs)
+        name = f'miniai.{module.stem}'
+        return nbs,{module.stem: write(f'api/{module.stem}.md', f'# {name}\n\nExplained in {links}\n\n::: {name}\n')}
+
     modules = [p for p in (root/'miniai').glob('[!_]*.py') if p.stem != 'imports'] # which only repeats the others
-    config.nav = [{'Home': write('README.md', place(readme, readme.read_text(encoding='utf-8')))},
-                  {'Notebooks': [notebook(p) for p in sorted((root/'nbs').glob('*.ipynb'))]},
-                  {'Reference': [page for _,page in sorted(map(reference, modules), key=itemgetter(0))]}]
+    config.nav = [{'Home': paper(root/'README.md')},
+                  {'Notebooks': [notebook(p) for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))]},
+                  {'Reference': [page for _,page in sorted(map(reference, modules), key=itemgetter(0))]},
+                  {'Contributing': paper(root/'.github'/'CONTRIBUTING.md')},
+                  {'Changes': paper(root/'.github'/'CHANGELOG.md')}]
     for f in ('docs.css', 'docs.js'): write(f'assets/{f}', (root/'.ci'/f).read_text(encoding='utf-8'))
     return config
 

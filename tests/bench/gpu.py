@@ -4,10 +4,11 @@
 
 Each training is timed from an untrained network to the end of its last step; what the GPU does when it is first used is left
 out (20 steps go before), but compiling counts. A step that waits for the GPU is an error. Results: 'gpu' in
-tests/bench/ladder.json, and nbs/images/gpu.png; samples: _run/ladder/gpu.
+tests/bench/ladder.json, and nbs/images/gpu.png, or with --out, gpu.json and gpu.png there; samples: _run/ladder/gpu.
 """
-import argparse, time
+import argparse, json, time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -70,7 +71,7 @@ class Strict(Callback):
     def cleanup_fit(self, learn): torch.cuda.set_sync_debug_mode('default')
 
 def profiled(r, n=12):
-    "Steps of `r` after a warm-up: spans of (start, end) in ms of the loader, of the steps on the CPU, and of the GPU; calls that wait for it"
+    "Steps of `r` after a warm-up: spans (start, end) in ms of the loader, of the steps on the CPU, and of the GPU; calls that wait for it"
     dls = loaders(r.memory, r.size, r.batch)
     train(r, 3*n, dls, [Strict()], wait=False) # raises an error at the first wait
     watched = DataLoaders(Watched(dls.train), dls.valid)
@@ -81,10 +82,12 @@ def profiled(r, n=12):
     cpu = [e for e in events if e.device_type.name == 'CPU']
     steps = sorted((e.time_range.start, e.time_range.end) for e in cpu if e.name == 'step')[n:]
     begin,end = steps[0][0],steps[-1][1]
-    def spans(evs): return [((e.time_range.start-begin)/1e3, (e.time_range.end-begin)/1e3) for e in evs if begin <= e.time_range.start < end]
+    def ms(a, b): return (a-begin)/1e3,(b-begin)/1e3
+    def spans(evs): return [ms(e.time_range.start, e.time_range.end) for e in evs if begin <= e.time_range.start < end]
     gpu = [e for e in events if e.device_type.name == 'CUDA' and e.name not in ('step', 'loader') and not e.name.startswith('Optimizer')]
     waits = sorted({e.name for e in cpu if 'ynchronize' in e.name and begin <= e.time_range.start < end})
-    return dict(loader=spans([e for e in cpu if e.name == 'loader']), steps=[((a-begin)/1e3, (b-begin)/1e3) for a,b in steps], gpu=merged(spans(gpu)), waits=waits)
+    loader = spans([e for e in cpu if e.name == 'loader'])
+    return dict(loader=loader, steps=[ms(*o) for o in steps], gpu=merged(spans(gpu)), waits=waits)
 
 def merged(spans, gap=.005):
     "Spans that touch, or nearly, as one"
@@ -107,22 +110,28 @@ def chart(profiles, path, ms=120):
     fig,axs = plt.subplots(len(profiles), 1, figsize=(11, 1.4*len(profiles)), sharex=True, layout='constrained')
     for ax,(name,p) in zip(axs, profiles.items()):
         for y,(key,color) in enumerate((('loader', 'C3'), ('steps', 'C0'), ('gpu', 'C2'))):
-            ax.broken_barh([(a, b-a) for a,b in p[key] if a < ms], (y-.35, .7), color=color, edgecolor='w' if key == 'steps' else 'none', lw=.8)
+            edge = 'w' if key == 'steps' else 'none'
+            ax.broken_barh([(a, b-a) for a,b in p[key] if a < ms], (y-.35, .7), color=color, edgecolor=edge, lw=.8)
         ax.set_yticks(range(3), ['loader', 'Python, step by step', 'GPU']); ax.set_xlim(0, ms); ax.invert_yaxis()
         ax.set_title(name, size=9)
     axs[-1].set_xlabel('ms')
     fig.savefig(path, dpi=80)
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, help='a folder for the results, in place of the repository')
+    out = parser.parse_args().out
     if def_device != 'cuda': raise SystemExit('this needs a CUDA GPU')
     res = dict(machine=machine())
-    res['five'] = {name: five(name, RECIPES[name]) for name in (LARGE, 'torch.compile')}
+    def save(): # as results come: a time limit loses nothing
+        if out: (out/'gpu.json').write_text(json.dumps(res, indent=1))
+    res['five'] = {}
+    for name in (LARGE, 'torch.compile'): res['five'][name] = five(name, RECIPES[name]); save()
     profiles = {name: profiled(r) for name,r in RECIPES.items()}
-    chart(profiles, HERE.parent.parent/'nbs'/'images'/'gpu.png')
-    res['profiles'] = {name: summary(p) for name,p in profiles.items()}
-    res['step'] = times()
+    chart(profiles, (out or HERE.parent.parent/'nbs'/'images')/'gpu.png')
+    res['profiles'] = {name: summary(p) for name,p in profiles.items()}; save()
+    res['step'] = times(); save()
     print(res)
-    write(results() | dict(gpu=res))
+    if not out: write(results() | dict(gpu=res))
 
 if __name__ == '__main__': main()
