@@ -19,7 +19,7 @@ def device() -> str:
 
 def images() -> str:
     "The source that `fashion_mnist` would take, found without loading it; the hub gets two seconds to answer"
-    from miniai.datasets import HUB_ID, has_idx, hub_reachable, idx_folders
+    from miniai.fashion import HUB_ID, has_idx, hub_reachable, idx_folders
     if folder := os.environ.get('MINIAI_DATA'): return folder + (' (MINIAI_DATA)' if has_idx(folder) else ' (MINIAI_DATA): no IDX files')
     for folder in idx_folders():
         if has_idx(folder): return str(folder)
