@@ -3,11 +3,18 @@ import os, signal
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ['MPLBACKEND'] = 'agg'
-signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts pytest in the background lets it ignore Ctrl-C, which is tested
+# a shell that starts pytest in the background lets it ignore Ctrl-C, which is tested
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import matplotlib.pyplot as plt
 import pytest, torch
 from torch import nn
 from miniai.datasets import DataLoaders
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close('all')
 
 @pytest.fixture
 def dls():

@@ -1,44 +1,30 @@
 """What notebooks written against the 2022 course rely on, by the numbers of the list that was made of it.
 
 1 events: test_learner (cancels), here (lr_find's plot). 2 order of callbacks: test_learner. 3 steps: here. 4 cancels: test_learner.
-5 callbacks of one fit: test_learner, test_reliability, here. 6 optimizers: test_learner, here. 7 to 14, 16: here. 15 star imports: test_api.
+5 callbacks of one fit: test_learner, test_reliability, test_activations, here. 6 optimizers: test_learner, here. 7 to 10: here.
+11 summary: test_augment. 12 patched methods: test_augment, here. 13 layers by index, pickles: test_resnet. 14 two functions conv: here.
+15 star imports: test_api, test_imports. 16 mixed precision: here, test_accel.
 """
-import io, pickle, pickletools
 from functools import partial
 
 import matplotlib.pyplot as plt
-import fastcore.basics, numpy as np, pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from datasets import Dataset as HFDataset, DatasetDict
 from fastcore.basics import noop
 from fastcore.foundation import L
+from helpers import RaiseCB, Recorder, images, weights
 from PIL import Image
-from torch import nn, optim
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-import miniai.augment, miniai.conv, miniai.init # augment patches Learner
+import miniai.augment # noqa: F401  patches Learner
+import miniai.conv, miniai.init
 from miniai.accel import AccelerateCB, MixedPrecision
-from miniai.activations import ActivationStats, set_seed
+from miniai.activations import set_seed
 from miniai.conv import collate_device, to_device
 from miniai.datasets import DataLoaders, collate_dict, get_dls, inplace, show_image, show_images
 from miniai.init import BatchTransformCB, GeneralRelu, get_model
-from miniai.learner import *
-from miniai.resnet import ResBlock
-from test_learner import Recorder, RaiseCB, weights
-
-@pytest.fixture(autouse=True)
-def no_open_figures():
-    yield
-    plt.close('all')
-
-def images(*sizes):
-    gen = torch.Generator().manual_seed(0)
-    return [(torch.randn(n, 1, 16, 16, generator=gen), torch.randint(0, 10, (n,), generator=gen)) for n in sizes]
-
-@pytest.fixture
-def image_learner():
-    set_seed(0)
-    return Learner(get_model(norm=nn.BatchNorm2d).cpu(), DataLoaders(images(8, 8), images(16, 3)), F.cross_entropy, lr=.1, cbs=TrainCB())
+from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, MomentumLearner, ProgressCB, TrainCB, TrainLearner, to_cpu
 
 # 1
 def test_01_lr_find_plots_although_its_fit_was_cancelled(model, dls):
@@ -68,14 +54,6 @@ def test_05_callbacks_of_one_fit_as_l_and_shared_between_learners(model, dls):
         assert rec.seen[-1] == 'cleanup_fit' and rec not in learn.cbs and len(learn.cbs) == 3
     with pytest.raises(ValueError): learn.fit(1, cbs=[Recorder(), RaiseCB('after_loss', ValueError())])
     assert len(learn.cbs) == 3
-
-def test_05_one_callback_that_can_be_iterated_over_is_still_one(model, dls):
-    stats = ActivationStats()
-    TrainLearner(model, dls, cbs=stats).fit(1)
-    assert len(stats.hooks[0].stats[0]) == 11
-    learn = TrainLearner(model, dls)
-    learn.fit(1, cbs=(again := ActivationStats()))
-    assert len(again) == 1 and learn.cbs == []
 
 # 6
 def test_06_no_optimizer_and_no_learning_rate(model, dls):
@@ -142,7 +120,8 @@ def test_09_both_reach_loader_workers_that_are_not_forked(start):
     assert sorted(o for x,_ in train for o in x.tolist()) == [2., 4., 6.]
 
 # 10
-@pytest.mark.parametrize('kw,size', [(dict(imsize=2), (4, 4)), (dict(figsize=(3,1)), (3, 1)), (dict(suptitle='s'), (6, 6)), (dict(title='t'), (6, 6))])
+@pytest.mark.parametrize('kw,size', [(dict(imsize=2), (4, 4)), (dict(figsize=(3,1)), (3, 1)), (dict(suptitle='s'), (6, 6)),
+                                     (dict(title='t'), (6, 6))])
 def test_10_show_images_passes_its_arguments_on(kw, size):
     ims = [torch.rand(1, 4, 4), torch.rand(3, 4, 4), torch.rand(4, 4), Image.fromarray(np.zeros((4, 4), np.uint8))]
     show_images(ims, titles=['one', 'two'], **kw)
@@ -155,85 +134,16 @@ def test_10_show_image_returns_its_axes_and_passes_on_to_imshow():
     assert isinstance(ax, plt.Axes) and ax.images[0].get_animated() and ax.images[0].origin == 'lower'
     assert show_image(torch.rand(4, 4), ax) is ax
 
-# 11
-def test_11_summary(image_learner, capsys):
-    before = {k: v.clone() for k,v in image_learner.model.state_dict().items()}
-    image_learner.summary()
-    out = capsys.readouterr().out
-    with FlopCounterMode(display=False) as counter: image_learner.model.eval()(torch.randn(1, 1, 16, 16))
-    params = sum(p.numel() for p in image_learner.model.parameters())
-    assert f'Tot params: {params}; MFLOPS: {counter.get_total_flops()/1e6:.1f}\n' in out
-    assert sum(line.startswith('|Sequential|') for line in out.splitlines()) == 5
-    assert all(torch.equal(v, before[k]) for k,v in image_learner.model.state_dict().items())
-
-@pytest.mark.parametrize('layer,shape', [
-    (nn.Conv2d(4, 8, 3, stride=2, padding=1), (4, 9, 7)), (nn.Conv2d(4, 8, 3, groups=4, bias=False), (4, 9, 7)), (nn.Conv2d(4, 8, 3, dilation=2), (4, 9, 7)),
-    (nn.Conv1d(3, 5, 3), (3, 20)), (nn.Conv3d(2, 3, 3), (2, 5, 6, 7)), (nn.ConvTranspose2d(4, 6, 2, stride=2), (4, 5, 5)),
-    (nn.Linear(6, 7), (6,)), (nn.Linear(6, 7, bias=False), (5, 6)), (nn.BatchNorm2d(4), (4, 9, 7)), (nn.GroupNorm(2, 4), (4, 9, 7)), (nn.LayerNorm(6), (5, 6))], ids=str)
-def test_11_parameters_and_flops_of_a_layer(layer, shape, capsys):
-    x = torch.randn(3, *shape)
-    Learner(nn.Sequential(layer), DataLoaders([], [(x, 0)]), lambda p,t: p.mean(), cbs=TrainCB()).summary()
-    with FlopCounterMode(display=False) as counter: layer(x)
-    row = next(l for l in capsys.readouterr().out.splitlines() if l.startswith(f'|{type(layer).__name__}|')).split('|')
-    assert row[4] == f'{sum(p.numel() for p in layer.parameters()):,}' and row[5] == f'{counter.get_total_flops()/3e6:.2f}'
-
 # 12
 def test_12_patched_methods_are_those_of_every_learner(model, dls):
     class Mine(TrainLearner): pass
-    for nm in ('lr_find', 'summary', 'show_image_batch', 'capture_preds'): assert callable(getattr(Mine(model, dls), nm)) and nm in vars(Learner)
-
-def test_12_show_image_batch_shows_what_the_model_would_be_given(image_learner):
-    before = weights(image_learner.model).clone()
-    image_learner.show_image_batch(max_n=4, cbs=BatchTransformCB(lambda b: (torch.ones_like(b[0]), b[1]), on_val=False), imsize=1)
-    axs = plt.gcf().axes
-    assert len(axs) == 4 and all((ax.images[0].get_array() == 1).all() for ax in axs)
-    assert torch.equal(before, weights(image_learner.model))
-
-@pytest.mark.parametrize('inps', [False, True])
-def test_12_capture_preds_is_the_model_on_the_whole_set(image_learner, inps):
-    xs,ys = map(torch.cat, zip(*image_learner.dls.valid))
-    preds,targs,*rest = image_learner.capture_preds(inps=inps)
-    with torch.no_grad(): assert torch.allclose(preds, image_learner.model.eval()(xs), atol=1e-5)
-    assert torch.equal(targs, ys) and len(rest) == inps and all(torch.equal(o, xs) for o in rest)
-
-# 13
-def test_13_resblock_by_index():
-    block = ResBlock(4, 8, stride=2, norm=nn.BatchNorm2d)
-    assert isinstance(block.convs[-1][-1], nn.BatchNorm2d) and isinstance(block.convs[0][-1], GeneralRelu)
-    assert block.idconv[0].kernel_size == (1,1) and block.convs[-1][0].stride == (2,2)
-    assert isinstance(ResBlock(4, 8).convs[-1][-1], nn.Conv2d) and ResBlock(4, 4).idconv is noop
-    twin = ResBlock(4, 8, stride=2, norm=nn.BatchNorm2d)
-    twin.load_state_dict(block.state_dict())
-    x = torch.randn(2, 4, 7, 7)
-    assert torch.equal(block(x), twin(x)) and block(x).shape == (2, 8, 4, 4)
-
-@pytest.mark.parametrize('norm', [nn.BatchNorm2d, partial(nn.GroupNorm, 2), nn.InstanceNorm2d, None])
-@pytest.mark.parametrize('ni', [4, 8])
-def test_13_resblock_passes_its_norm_on_to_every_convolution(norm, ni):
-    "Lesson D1: one that forgets has no norm at all, trains, and nobody notices"
-    block = ResBlock(ni, 8, norm=norm)
-    convs = [m for m in block.modules() if isinstance(m, nn.Sequential) and isinstance(m[0], nn.Conv2d)]
-    assert len(convs) == (2 if ni == 8 else 3)
-    kind = getattr(norm, 'func', norm) or type(None)
-    for c in convs: assert isinstance(c[1] if len(c) > 1 else None, kind) or (norm is None and not isinstance(c[-1], nn.BatchNorm2d))
-    assert sum(isinstance(m, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)) for m in block.modules()) == (len(convs) if norm else 0)
-
-def test_13_pickles_name_these_modules():
-    buf = io.BytesIO()
-    pickle.dump(nn.Sequential(ResBlock(4, 4)), buf, protocol=2)
-    names = {arg for op,arg,_ in pickletools.genops(buf.getvalue()) if op.name == 'GLOBAL'}
-    assert {'miniai.resnet ResBlock', 'miniai.init GeneralRelu'} <= names and fastcore.basics.noop is noop
-
-def test_13_layers_may_be_deleted_from_a_sequential():
-    model = nn.Sequential(ResBlock(1, 8), ResBlock(8, 16, stride=2), nn.Flatten(), nn.Linear(16, 10), nn.BatchNorm1d(10))
-    del model[4]; del model[3]
-    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 16*4*4)
+    for nm in ('lr_find', 'summary', 'show_image_batch', 'capture_preds'):
+        assert callable(getattr(Mine(model, dls), nm)) and nm in vars(Learner)
 
 # 14
 def test_14_two_functions_conv():
     assert isinstance(miniai.conv.conv(1, 2, act=True)[1], nn.ReLU) and isinstance(miniai.conv.conv(1, 2, act=False), nn.Conv2d)
     assert isinstance(miniai.init.conv(1, 2, act=GeneralRelu)[-1], GeneralRelu) and len(miniai.init.conv(1, 2, act=None)) == 1
-    assert [miniai.init.conv(1, 4, norm=n)[0].bias is None for n in (nn.BatchNorm2d, partial(nn.BatchNorm2d, eps=1e-3), partial(nn.GroupNorm, 2), None)] == [True, True, False, False]
 
 # 16
 @pytest.mark.filterwarnings('ignore:mixed precision is meant for GPUs')
@@ -247,8 +157,9 @@ def test_16_mixed_precision(first):
     mp,others = MixedPrecision(),[DeviceCB('cpu'), MetricsCB(), BatchTransformCB(noop)]
     assert mp.order == DeviceCB.order+10
     set_seed(0)
-    learn = Learner(get_model().cpu(), DataLoaders(images(8), images(16)), F.cross_entropy, cbs=[mp, *others, Look()] if first else [*others, Look(), mp])
-    before = weights(learn.model).clone()
+    cbs = [mp, *others, Look()] if first else [*others, Look(), mp]
+    learn = Learner(get_model().cpu(), DataLoaders(images(8), images(16)), F.cross_entropy, cbs=cbs)
+    before = weights(learn.model)
     learn.fit(1)
     assert seen == [(True, torch.bfloat16, True), (False, torch.bfloat16, True)] and weights(learn.model).dtype == torch.float32
     assert not torch.equal(before, weights(learn.model))
@@ -269,7 +180,8 @@ def test_16_accelerate_trains_the_same_and_gives_everything_back(model, dls):
     cb = AccelerateCB(mixed_precision='no')
     def trained(*cbs):
         torch.manual_seed(0)
-        learn = Learner(nn.Linear(4, 1), DataLoaders(*get_dls(list(zip(*dls.train[0])), list(zip(*dls.train[1])), 4)), cbs=[*cbs, MetricsCB()])
+        two = get_dls(list(zip(*dls.train[0])), list(zip(*dls.train[1])), 4)
+        learn = Learner(nn.Linear(4, 1), DataLoaders(*two), cbs=[*cbs, MetricsCB()])
         had = learn.model,learn.dls.train,learn.dls.valid
         learn.fit(2)
         assert all(a is b for a,b in zip(had, (learn.model, learn.dls.train, learn.dls.valid)))

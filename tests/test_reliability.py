@@ -1,14 +1,14 @@
 "What goes wrong is named, leaves nothing behind, and can be tried again"
-import contextlib, signal, subprocess, sys, threading
+import signal, subprocess, sys
 
 import pytest, torch
 import torch.nn.functional as F
+from helpers import RaiseCB, Recorder, weights
 from torch import nn
 from torchmetrics import MeanAbsoluteError
 
 from miniai.datasets import DataLoaders
-from miniai.learner import Callback, CancelFitException, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
-from test_learner import RaiseCB, Recorder, weights
+from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
 
 def per_item(p, t): return F.mse_loss(p, t, reduction='none')
 def interrupt(learn): signal.raise_signal(signal.SIGINT)

@@ -9,9 +9,8 @@ from torch import nn, optim
 from torcheval.metrics import Mean as TorchevalMean, MulticlassAccuracy as TorchevalAccuracy
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-import miniai.augment # patches Learner
+import miniai.augment # noqa: F401  patches Learner
 from miniai.activations import ActivationStats, set_seed
-from miniai.conv import def_device
 from miniai.datasets import DataLoaders, fashion_mnist, inplace
 from miniai.init import BatchTransformCB, GeneralRelu, get_model, init_weights
 from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
@@ -31,7 +30,8 @@ def test_one_epoch_of_the_whole_set(dd, num_workers):
     set_seed(42)
     dls = DataLoaders.from_dd(dd, 256, num_workers=num_workers)
     model = get_model(partial(GeneralRelu, leak=.1, sub=.4), norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=.1))
-    metrics = MetricsCB(accuracy, tm=MulticlassAccuracy(num_classes=10, average='micro'), f1=MulticlassF1Score(num_classes=10), te=TorchevalAccuracy())
+    metrics = MetricsCB(accuracy, tm=MulticlassAccuracy(num_classes=10, average='micro'), f1=MulticlassF1Score(num_classes=10),
+                        te=TorchevalAccuracy())
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=.02, total_steps=len(dls.train)))
     prog,stats,rec = ProgressCB(plot=True),ActivationStats(lambda m: isinstance(m, GeneralRelu)),RecorderCB(lr=lambda cb: cb.pg['lr'])
     cbs = [DeviceCB(), BatchTransformCB(normalize), TrainCB(), metrics, prog, sched, stats, rec]

@@ -1,0 +1,25 @@
+"What several test files use. pytest puts this folder on the path: `from helpers import Recorder`"
+import torch
+from miniai.learner import Callback
+
+class Recorder(Callback):
+    "Writes every event down"
+    def __init__(self, order=0): self.seen,self.order = [],order
+    def __getattr__(self, nm):
+        if nm.startswith(('before_', 'after_', 'cleanup_')): return lambda learn: self.seen.append(nm)
+        raise AttributeError(nm)
+
+class RaiseCB(Callback):
+    "Raises `exc` at `event`, the `n`th time it comes"
+    order = 10
+    def __init__(self, event, exc, n=1): self.n,self.exc = n,exc; setattr(self, event, self._raise)
+    def _raise(self, learn):
+        self.n -= 1
+        if self.n == 0: raise self.exc
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+def images(*sizes):
+    "Batches of random images and classes, of these sizes"
+    gen = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 1, 16, 16, generator=gen), torch.randint(0, 10, (n,), generator=gen)) for n in sizes]
