@@ -10,23 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from miniai.datasets import DataLoaders
 from miniai.learner import *
 from miniai.training import accuracy
-
-class Recorder(Callback):
-    "Writes every event down"
-    def __init__(self, order=0): self.seen,self.order = [],order
-    def __getattr__(self, nm):
-        if nm.startswith(('before_', 'after_', 'cleanup_')): return lambda learn: self.seen.append(nm)
-        raise AttributeError(nm)
-
-class RaiseCB(Callback):
-    "Raises `exc` at `event`, the `n`th time it comes"
-    order = 10
-    def __init__(self, event, exc, n=1): self.n,self.exc = n,exc; setattr(self, event, self._raise)
-    def _raise(self, learn):
-        self.n -= 1
-        if self.n == 0: raise self.exc
-
-def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+from helpers import RaiseCB, Recorder, weights
 
 @pytest.mark.parametrize('exc,missing', [(CancelBatchException, 'after_batch'), (CancelEpochException, 'after_epoch'),
                                          (CancelFitException, 'after_fit')])
@@ -262,17 +246,6 @@ def test_momentum_learner_has_its_default_and_plain_sgd_as_a_special_case(dls):
         return weights(learn.model)
     assert torch.allclose(trained(MomentumLearner, mom=0), trained(TrainLearner))
     assert not torch.allclose(trained(MomentumLearner), trained(TrainLearner))
-
-def test_a_schedule_a_recorder_and_adam_with_the_learner(model, dls):
-    from functools import partial
-    from miniai.sgd import BaseSchedCB, BatchSchedCB, EpochSchedCB, HasLearnCB, RecorderCB
-    rec = RecorderCB(lr=lambda cb: cb.pg['lr'])
-    sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=.1, total_steps=22))
-    TrainLearner(model, dls, opt_func=optim.Adam, cbs=[sched, rec, HasLearnCB()]).fit(2)
-    assert len(rec.recs['lr']) == 22 and isinstance(sched, BaseSchedCB) and sched.schedo.last_epoch == 22
-    epoch = EpochSchedCB(partial(optim.lr_scheduler.StepLR, step_size=1))
-    TrainLearner(model, dls, cbs=epoch).fit(2)
-    assert epoch.schedo.last_epoch == 2
 
 def test_a_cancelled_step_keeps_the_gradients():
     "after_step and zero_grad are left out as well, and the batch goes on to its end"
