@@ -61,3 +61,13 @@ def test_exported_definitions_are_tested(path):
 def test_metadata_has_one_source():
     pyproject = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
     assert 'version =' not in pyproject and 'requires-python =' not in pyproject
+
+MODULES = [p for p in sorted((ROOT/'miniai').glob('[a-z]*.py'))]
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_a_module_says_what_it_is_for_and_imports_no_private_names(path):
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    assert 1 <= len((ast.get_docstring(tree) or '').splitlines()) <= 3, 'the `> ` lines below the notebook\'s title say it'
+    imported = [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level for a in n.names]
+    assert [nm for nm in imported if nm.startswith('_')] == []
+    assert (ROOT/'tests'/f'test_{path.stem}.py').exists(), 'tests mirror modules'
