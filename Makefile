@@ -38,7 +38,7 @@ lab: $(READY) ## open copies of the notebooks in JupyterLab, in _lab/: yours to 
 edit: $(READY) ## open the notebooks themselves in JupyterLab, to change the package
 	@$(BIN)/jupyter lab $(LAB) nbs
 
-export: $(READY) ## clean the notebooks, take back outputs of broken or quick runs, and write the package
+export: $(READY) ## clean the notebooks, put back committed outputs where a run failed or was quick, and write the package
 	@$(BIN)/nbdev-clean && $(BIN)/python .ci/mend.py && $(BIN)/nbdev-export
 
 clean: ## remove what the commands above made, but keep .venv and your notebooks in _lab/

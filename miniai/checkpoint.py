@@ -110,6 +110,7 @@ class CheckpointCB(Callback):
     def _states(self, learn): return {f'{type(cb).__name__}-{i}': cb for i,cb in enumerate(learn.cbs) if hasattr(cb, 'load_state_dict')}
 
     def _save(self, learn, ended):
+        "What a checkpoint is made of: weights, the optimizer, callbacks with a state, where the fit is, and random numbers"
         self.due,at = False,dict(epoch=learn.epoch, batch=learn.iter+1, ended=ended, began=self.dl.began, now=_random_state())
         states = {k: dict(cb.state_dict()) for k,cb in self._states(learn).items()}
         weights = {'model': unwrap_model(learn.model).state_dict()} | {k: s.pop('weights') for k,s in states.items() if s.get('weights')}

@@ -177,7 +177,7 @@ def to_float(
     pad: int=0, # pixels of `lo` added at each side
     lo: float=0., hi: float=1. # what 0 and 255 become
 ) -> torch.Tensor: # float32 (n, c, h+2*pad, w+2*pad)
-    "Images in bytes to images in floating point"
+    "Images in bytes to floating point, padded if asked"
     x = x.float()*((hi-lo)/255) + lo
     return F.pad(x, [pad]*4, value=lo) if pad else x
 

@@ -174,6 +174,27 @@ def test_metrics_are_those_of_the_whole_set(sizes):
     assert got['loss'] == pytest.approx(F.cross_entropy(preds, ys).item(), rel=1e-5)
     assert got['accuracy'] == pytest.approx(accuracy(preds, ys).item()) == pytest.approx(got['tm'])
 
+def test_metrics_compare_with_what_comes_after_the_inputs():
+    torch.manual_seed(0)
+    a,b,y = torch.randn(50, 4),torch.randint(0, 3, (50,)),torch.randint(0, 3, (50,))
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.lin,self.emb = nn.Linear(4, 3),nn.Embedding(3, 3)
+        def forward(self, a, b): return self.lin(a)+self.emb(b)
+    metrics = MetricsCB(accuracy)
+    learn = Learner(Two(), DataLoaders([], [(a, b, y)]), F.cross_entropy, cbs=[metrics, TrainCB(n_inp=2)])
+    learn.fit(1, train=False)
+    assert float(metrics.metrics['accuracy'].compute()) == pytest.approx(accuracy(learn.preds, y).item())
+
+def test_stepped_says_what_happened_in_this_batch(model, dls):
+    seen = []
+    class Look(Callback):
+        def after_predict(self, learn): seen.append(learn.stepped)
+        def after_batch(self, learn): seen.append((learn.training, learn.stepped))
+    learn = TrainLearner(model, DataLoaders(list(dls.train)[:1], list(dls.valid)[:1]), cbs=Look())
+    learn.fit(1, train=False)
+    learn.fit(1)
+    assert seen == [False, (False, False), False, (True, True), False, (False, False)]
+
 def test_metrics_start_anew_each_epoch(model, dls):
     metrics = MetricsCB(mae=MeanAbsoluteError())
     learn = TrainLearner(model, dls, lr=0., cbs=metrics)
