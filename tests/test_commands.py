@@ -292,14 +292,14 @@ def test_what_a_bug_report_needs(tmp_path):
     assert res.returncode == 0 and 'no IDX files' in res.stdout and "MINIAI_BUDGET is 'lots'" in res.stdout
 
 def test_the_source_of_the_images_is_named_without_loading_it(tmp_path, monkeypatch):
-    import datasets, miniai.datasets
+    import datasets, miniai.fashion
     from miniai.__main__ import images
     monkeypatch.delenv('MINIAI_DATA', raising=False)
-    monkeypatch.setattr(miniai.datasets, 'idx_folders', lambda: [tmp_path])
+    monkeypatch.setattr(miniai.fashion, 'idx_folders', lambda: [tmp_path])
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
-    monkeypatch.setattr(miniai.datasets, 'hub_reachable', lambda timeout: True)
+    monkeypatch.setattr(miniai.fashion, 'hub_reachable', lambda timeout: True)
     assert images().startswith('the hub (')
-    monkeypatch.setattr(miniai.datasets, 'hub_reachable', lambda timeout: False)
+    monkeypatch.setattr(miniai.fashion, 'hub_reachable', lambda timeout: False)
     assert 'drawn' in images()
     (tmp_path/'cache/zalando-datasets___fashion_mnist').mkdir(parents=True)
     assert images().startswith("the hub's cache")
@@ -309,7 +309,7 @@ def test_the_source_of_the_images_is_named_without_loading_it(tmp_path, monkeypa
 def test_the_readmes_example_runs(tmp_path):
     example,callback = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(encoding='utf-8'), re.S)
     assert len(example.splitlines()) <= 15
-    code = example.replace('learn.fit(3)', 'learn.fit(1)') + callback
+    code = (example+callback).replace('learn.fit(3', 'learn.fit(1')
     res = sh(sys.executable, '-c', code, cwd=tmp_path, MINIAI_BUDGET='quick', PYTHONPATH=str(ROOT))
     assert res.returncode == 0, res.stderr
     assert re.search(r'accuracy', res.stdout)
