@@ -91,7 +91,7 @@ class Lesson(NotebookClient):
             self.live.line('  '.join(f'{plain(o):>9}' for o in re.findall(r'<t[hd].*?</t[hd]>', row, re.S)))
         self.rows = max(self.rows, len(rows))
         text = ' | '.join(plain(o) for o in re.findall(r'</progress>\s*([^<]+)', markup) if plain(o))
-        if text: self.live.status(f'{self.title}: {text}{self.clock.left()}')
+        if text: self.live.status(f'{self.title}{self.clock.left()}: {text}')
 
     def interrupt(self):
         "Ctrl-C goes to the cell that runs, in place of nbclient's own answer, which is to kill the kernel"
