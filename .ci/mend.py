@@ -1,26 +1,30 @@
-"Take back the outputs of a run that broke off or was a quick one, where the code is still that of git's HEAD."
+"Put back the committed outputs of notebooks whose last run failed, was a quick one or left none, where no code changed since."
 import json, subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 def git(*args): return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
-def code(nb): return [(c['cell_type'], ''.join(c['source'])) for c in nb['cells']]
+def code_cells(text): return [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
 
-def half_run(nb, old):
+def half_run(now, was):
     "Outputs with an error or of the quick budget, or none where there were some?"
-    pairs = [(c['outputs'], o['outputs']) for c,o in zip(nb['cells'], old['cells']) if c['cell_type'] == 'code']
-    outputs = [o for now,_ in pairs for o in now]
+    outputs = [o for c in now for o in c['outputs']]
     return ('budget quick' in json.dumps(outputs) or any(o['output_type'] == 'error' for o in outputs)
-            or any(was and not now for now,was in pairs))
+            or any(w['outputs'] and not n['outputs'] for n,w in zip(now, was)))
 
 def main():
     for nm in git('diff', '--name-only', 'HEAD', '--', 'nbs/[0-9]*.ipynb').stdout.splitlines():
         path,old = ROOT/nm,git('show', f'HEAD:{nm}').stdout
         if not (path.exists() and old): continue
-        nb,was = json.loads(path.read_text(encoding='utf-8')),json.loads(old)
-        if code(nb) == code(was) and half_run(nb, was):
-            path.write_text(old, encoding='utf-8')
-            print(f'miniai: {nm} had outputs of a run that was cut short or quick; it is as in git again')
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        now,was = [c for c in nb['cells'] if c['cell_type'] == 'code'],code_cells(old)
+        if not half_run(now, was): continue
+        if [c['source'] for c in now] != [c['source'] for c in was]:
+            print(f'miniai: {nm} has missing, failed or quick outputs, and its code changed: run it again, whole')
+            continue
+        for n,w in zip(now, was): n.update({k: w[k] for k in ('outputs', 'execution_count', 'metadata')})
+        path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
+        print(f'miniai: {nm} had missing, failed or quick outputs; those in git are back')
 
 if __name__ == '__main__': main()

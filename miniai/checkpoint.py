@@ -66,9 +66,9 @@ class CheckpointCB(Callback):
     "Writes checkpoints of a fit, and goes on from the newest with `resume=True`, to the same end (bit by bit on a CPU)"
     order = 100 # after all others, so that what they did is in the checkpoint
     def __init__(self,
-        folder: str|Path, # of this fit alone
+        folder: str|Path, # used by this fit only
         every: int=None, # write also after so many batches; after each training epoch in any case
-        keep: int=3, # so many of the newest
+        keep: int=3, # how many checkpoints to keep, the newest ones
         resume: bool=False # go on where the newest was written; from the beginning if there is none
     ):
         if keep < 1: raise ValueError(f'keep is a number of checkpoints, at least 1, not {keep}')

@@ -1,8 +1,8 @@
 """Seconds to have the images in memory, images a second from there and row by row; and what a hub that is not there costs.
 
-Results: tests/bench/data.json.
+With --save the results go to tests/bench/data.json, which the notebook 92 draws.
 """
-import json, os, socket, time
+import argparse, json, os, socket, time
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,9 @@ def images_per_second(dl, n):
     return seen/(time.perf_counter()-start)
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--save', action='store_true', help='keep the figures in tests/bench/data.json')
+    save = parser.parse_args().save
     dd,read = timed(fashion_mnist)
     mem,kept = timed(in_memory, dd, 128, x_tfm=partial(to_float, pad=2, lo=-1))
     print(f"fashion_mnist() {read:.2f} s + in_memory() {kept:.2f} s, once; {dd['train'].info.description}")
@@ -52,6 +55,6 @@ def main():
     start = time.perf_counter()
     try: from_hub()
     except Exception as e: print(f'a hub that never answers: {type(e).__name__} after {time.perf_counter()-start:.1f} s')
-    (Path(__file__).parent/'data.json').write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
+    if save: (Path(__file__).parent/'data.json').write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
 
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ Short runs of the bare loop and of the Learners take turns, so that a machine th
 The clock starts at the tenth step: neither the making of an optimizer nor the first drawing of a bar counts. A figure is
 the median of the differences within a round, with its 95 % interval: in time on the wall, and in CPU time of the thread,
 which others on a busy machine do not blur. Where there is a metric, the bare loop updates it too.
-Results: tests/bench/learner.json.
+With --save the results go to tests/bench/learner.json, which the notebook 92 draws.
 """
 import argparse, contextlib, io, json, math, subprocess, sys, time, types
 from pathlib import Path
@@ -92,10 +92,12 @@ def compare(name, full, modules):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', metavar='REV', help='a revision of this repository')
-    rev = parser.parse_args().against
+    parser.add_argument('--save', action='store_true', help='keep the figures in tests/bench/learner.json')
+    args = parser.parse_args()
+    rev = args.against
     modules = {'Learner': miniai.learner} | ({f'Learner at {rev}': at(rev)} if rev else {})
     print(f'{machine()}, {ROUNDS} rounds of {STEPS} steps each')
     res = {nm: compare(nm, full, modules) for nm,full in (('TrainCB, DeviceCB', False), ('TrainCB, DeviceCB, MetricsCB, ProgressCB', True))}
-    (HERE/'learner.json').write_text(json.dumps(dict(machine=machine(), **res), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    if args.save: (HERE/'learner.json').write_text(json.dumps(dict(machine=machine(), **res), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
 if __name__ == '__main__': main()
