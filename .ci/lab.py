@@ -26,6 +26,8 @@ def main():
         copied[nm] = new
     COPIED.write_text(json.dumps(copied, indent=1))
     print('miniai: _lab/ holds your copies of the notebooks; those in nbs/ stay as they are')
-    if stay: print(f'miniai: nbs/ has newer ones of {", ".join(stay)}; you changed your copies, so they stay. Rename yours and run make lab again to get the new version')
+    if stay:
+        print(f'miniai: nbs/ has newer ones of {", ".join(stay)}; you changed your copies, so they stay. '
+              'Rename yours and run make lab again to get the new version')
 
 if __name__ == '__main__': main()

@@ -235,7 +235,15 @@ def test_make_export_takes_back_outputs_of_half_a_run_and_nothing_else(checkout,
     write_nb(b, '1+2', *outputs) # somebody works on this one
     changed = b.read_bytes()
     out = sh(sys.executable, '.ci/mend.py', cwd=checkout).stdout
-    assert a.read_bytes() == was and b.read_bytes() == changed and '01_a' in out and '02_b' not in out
+    assert a.read_bytes() == was and b.read_bytes() == changed
+    assert '01_a.ipynb had' in out and '02_b.ipynb has' in out and 'run it again' in out
+    nb = nbformat.read(a, 4)
+    nb.cells[0].outputs = []
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell('a new sentence', id='m'))
+    nbformat.write(nb, a)
+    sh(sys.executable, '.ci/mend.py', cwd=checkout)
+    text,code = nbformat.read(a, 4).cells
+    assert text.source == 'a new sentence' and code.outputs == nbformat.reads(was.decode(), 4).cells[0].outputs
     write_nb(a, '1+1', 'two, again') # a whole run
     whole = a.read_bytes()
     assert sh(sys.executable, '.ci/mend.py', cwd=checkout).stdout == '' and a.read_bytes() == whole

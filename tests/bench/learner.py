@@ -98,6 +98,7 @@ def main():
     modules = {'Learner': miniai.learner} | ({f'Learner at {rev}': at(rev)} if rev else {})
     print(f'{machine()}, {ROUNDS} rounds of {STEPS} steps each')
     res = {nm: compare(nm, full, modules) for nm,full in (('TrainCB, DeviceCB', False), ('TrainCB, DeviceCB, MetricsCB, ProgressCB', True))}
-    if args.save: (HERE/'learner.json').write_text(json.dumps(dict(machine=machine(), **res), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    kept = json.dumps(dict(machine=machine(), **res), indent=1, ensure_ascii=False)
+    if args.save: (HERE/'learner.json').write_text(kept+'\n', encoding='utf-8')
 
 if __name__ == '__main__': main()
