@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 def git(*args): return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
-def code_cells(text): return [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+def code_cells(nb): return [c for c in nb['cells'] if c['cell_type'] == 'code']
 
 def half_run(now, was):
     "Outputs with an error or of the quick budget, or none where there were some?"
@@ -18,7 +18,7 @@ def main():
         path,old = ROOT/nm,git('show', f'HEAD:{nm}').stdout
         if not (path.exists() and old): continue
         nb = json.loads(path.read_text(encoding='utf-8'))
-        now,was = [c for c in nb['cells'] if c['cell_type'] == 'code'],code_cells(old)
+        now,was = code_cells(nb),code_cells(json.loads(old))
         if not half_run(now, was): continue
         if [c['source'] for c in now] != [c['source'] for c in was]:
             print(f'miniai: {nm} has missing, failed or quick outputs, and its code changed: run it again, whole')

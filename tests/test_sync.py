@@ -62,7 +62,7 @@ def test_metadata_has_one_source():
     pyproject = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
     assert 'version =' not in pyproject and 'requires-python =' not in pyproject
 
-MODULES = [p for p in sorted((ROOT/'miniai').glob('[a-z]*.py'))]
+MODULES = sorted((ROOT/'miniai').glob('[a-z]*.py'))
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
 def test_a_module_says_what_it_is_for_and_imports_no_private_names(path):
