@@ -170,8 +170,7 @@ def get_min(h: Hook) -> torch.Tensor: # (steps,), on the CPU
     return (hist[:,0]/hist.sum(1)).cpu()
 
 def _hists(h):
-    if not all(getattr(h, 'stats', [[]])): raise ValueError('this hook has no statistics: append_stats leaves them, as the hook\'s function, '
-                                                           'when the model runs')
+    if not all(getattr(h, 'stats', [[]])): raise ValueError('this hook has no statistics: append_stats has to be its function')
     return torch.stack(h.stats[2])
 
 # %% ../nbs/05_activations.ipynb #402034f5
