@@ -107,7 +107,8 @@ class CapturePreds(Callback):
     def before_fit(self, learn): self.all_inps,self.all_preds,self.all_targs = [],[],[]
     def after_batch(self, learn):
         inps,targs = split_batch(learn)
-        for all_,o in ((self.all_inps, _one(inps)), (self.all_preds, learn.preds), (self.all_targs, _one(targs))): all_.append(to_cpu(o))
+        for gathered,o in ((self.all_inps, _one(inps)), (self.all_preds, learn.preds), (self.all_targs, _one(targs))):
+            gathered.append(to_cpu(o))
     def cleanup_fit(self, learn):
         if not isinstance(self.all_preds, list) or not self.all_preds: return # the fit never came to a prediction
         for nm,what in dict(all_inps='inputs', all_preds='predictions', all_targs='targets').items():

@@ -358,7 +358,7 @@ def n_items(x) -> int:
 class FuncMetric:
     "The mean of `f(preds, targets)`, a number or a dict of numbers, over the batches, weighted by their size"
     def __init__(self, f: Callable):
-        if not callable(f) or isinstance(f, type): raise TypeError(f'a metric is a function of (preds, targets) or has compute, not {_named(f)}')
+        if not callable(f) or isinstance(f, type): raise TypeError(f'a metric is a function of (preds, targets), not {_named(f)}')
         self.f = f
         self.reset()
     def reset(self) -> None: self.means = defaultdict(Mean)
@@ -445,7 +445,7 @@ def _state(m):
     return m.metric_state if hasattr(m, 'metric_state') else m.state_dict() if hasattr(m, 'state_dict') else None
 
 def _set_state(m, state):
-    if state is None: warnings.warn(f'{type(m).__name__} has no state that could be kept: this metric begins anew in the middle of the epoch')
+    if state is None: warnings.warn(f'{type(m).__name__} has no state to go on from: it begins anew in the middle of the epoch')
     elif not hasattr(m, 'metric_state'): m.load_state_dict(state)
     else:
         for k,v in state.items(): setattr(m, k, v)

@@ -283,9 +283,10 @@ def test_a_helpers_own_fit_leaves_everything_as_it_was(model, dls, helper, when)
     learn = Learner(model, dls, lr=.01, cbs=cbs)
     weight = []
     def look(learn):
-        was = state(learn),weights(model),watch.__dict__.copy(),list(watch.lrs),counts.n,list(counts.lrs),list(prog.losses) if when != 'before' else 0
+        def results(): return copy.deepcopy((vars(watch), counts.n, counts.lrs, getattr(prog, 'losses', None)))
+        was = state(learn),weights(model),results()
         HELPERS[helper](learn)
-        now = state(learn),weights(model),watch.__dict__.copy(),list(watch.lrs),counts.n,list(counts.lrs),list(prog.losses) if when != 'before' else 0
+        now = state(learn),weights(model),results()
         assert was[0].keys() == now[0].keys() and all(was[0][k] is now[0][k] for k in was[0])
         if helper != 'aside': assert torch.equal(was[1], now[1])
         assert was[2:] == now[2:]
@@ -347,7 +348,8 @@ def test_a_cleanup_that_fails_does_not_skip_the_others(model, dls, level, exc):
     rec = Recorder(order=20)
     learn = TrainLearner(model, dls, cbs=[RaiseCB(f'cleanup_{level}', exc('oops')), rec])
     with pytest.raises(exc, match='oops') as e: learn.fit(1)
-    assert rec.seen[-1] == 'cleanup_fit' and all(rec.seen.count(f'cleanup_{o}') == rec.seen.count(f'before_{o}') for o in ('batch', 'epoch', 'fit'))
+    assert rec.seen[-1] == 'cleanup_fit'
+    for o in ('batch', 'epoch', 'fit'): assert rec.seen.count(f'cleanup_{o}') == rec.seen.count(f'before_{o}')
     if exc is ValueError: assert 'RaiseCB' in e.value.__notes__[0]
     learn.cbs = [rec]
     learn.fit(1)
@@ -363,8 +365,9 @@ class Wrap(nn.Module):
     def __init__(self, wrap): super().__init__(); self.lin,self.wrap = nn.Linear(4, 3),wrap
     def forward(self, x): return self.wrap(self.lin(x))
 
-WRAPS = dict(tensor=(lambda t: t, lambda p: p), tuple=(lambda t: (t, t.sum()), lambda p: p[0]), dict=(lambda t: dict(logits=t, n=3), lambda p: p['logits']),
-             fields=(Out, lambda p: p.logits), simple=(lambda t: SimpleNamespace(a=t), lambda p: p.a), nested=(lambda t: [dict(a=(t,))], lambda p: p[0]['a'][0]))
+WRAPS = dict(tensor=(lambda t: t, lambda p: p), tuple=(lambda t: (t, t.sum()), lambda p: p[0]),
+             dict=(lambda t: dict(logits=t, n=3), lambda p: p['logits']), fields=(Out, lambda p: p.logits),
+             simple=(lambda t: SimpleNamespace(a=t), lambda p: p.a), nested=(lambda t: [dict(a=(t,))], lambda p: p[0]['a'][0]))
 
 @pytest.fixture
 def classes():
@@ -386,7 +389,8 @@ def test_predictions_may_be_anything(classes, wrap):
     assert torch.allclose(tensor(preds), right, atol=1e-6) and torch.equal(targs, ys)
     assert float(metrics.metrics['acc'].compute()) == pytest.approx(accuracy(right, ys).item())
 
-@pytest.mark.parametrize('make', [lambda x,y: (x, y), lambda x,y: [x, y], lambda x,y: dict(image=x, label=y), lambda x,y: SimpleNamespace(x=x, y=y)])
+@pytest.mark.parametrize('make', [lambda x,y: (x, y), lambda x,y: [x, y], lambda x,y: dict(image=x, label=y),
+                                  lambda x,y: SimpleNamespace(x=x, y=y)])
 @pytest.mark.parametrize('cls', [TrainLearner, Learner])
 def test_batches_may_be_anything(classes, make, cls):
     import miniai.augment # noqa: F401
@@ -422,15 +426,17 @@ def test_captured_targets_are_all_that_the_model_did_not_get():
     batches = [(torch.ones(n, 4), torch.ones(n, 4), torch.arange(n), [f'{n}.{i}' for i in range(n)]) for n in (3, 2)]
     learn = Learner(Two(), DataLoaders([], batches), lambda p,y,nm: p.mean(), cbs=TrainCB(n_inp=2))
     preds,(y,nm),inps = learn.capture_preds(inps=True)
-    assert preds.shape == (5, 1) and y.tolist() == [0, 1, 2, 0, 1] and nm == ['3.0', '3.1', '3.2', '2.0', '2.1'] and [len(o) for o in inps] == [5, 5]
+    assert preds.shape == (5, 1) and y.tolist() == [0, 1, 2, 0, 1] and nm == ['3.0', '3.1', '3.2', '2.0', '2.1']
+    assert [len(o) for o in inps] == [5, 5]
 
 def test_predictions_of_different_structure_cannot_be_joined(classes):
     import miniai.augment # noqa: F401
     learn = Learner(Wrap(lambda t: (t,)*(len(t)//5)), classes, lambda p,y: p[0].mean(), cbs=TrainCB())
     with pytest.raises(ValueError, match='predictions of different batches'): learn.capture_preds()
 
-METRICS = dict(tensor=lambda p,y: (p.argmax(1) == y).float().mean(), float=lambda p,y: (p.argmax(1) == y).float().mean().item(),
-               numpy=lambda p,y: np.mean((p.argmax(1) == y).numpy()), array=lambda p,y: (p.argmax(1) == y).numpy(), bools=lambda p,y: p.argmax(1) == y)
+METRICS = dict(bools=lambda p,y: p.argmax(1) == y, tensor=lambda p,y: METRICS['bools'](p, y).float().mean(),
+               float=lambda p,y: METRICS['tensor'](p, y).item(), array=lambda p,y: METRICS['bools'](p, y).numpy(),
+               numpy=lambda p,y: np.mean(METRICS['array'](p, y)))
 
 @pytest.mark.parametrize('kind', METRICS)
 @pytest.mark.parametrize('as_dict', [False, True])
@@ -446,7 +452,8 @@ def test_metrics_may_return_any_numbers(classes, kind, as_dict, capsys):
     assert (f"'share': '{right:.3f}', 'two': '2.000'" if as_dict else f"'it': '{right:.3f}'") in capsys.readouterr().out
 
 def test_metrics_of_one_name_and_others_that_would_be_lost():
-    for ms,kw in ((([accuracy]*2), {}), ([MeanAbsoluteError()]*2, {}), ([accuracy], dict(accuracy=accuracy)), ([lambda p,y: 1, lambda p,y: 2], {})):
+    twice = ([accuracy]*2, {}),([MeanAbsoluteError()]*2, {}),([accuracy], dict(accuracy=accuracy)),([lambda p,y: 1, lambda p,y: 2], {})
+    for ms,kw in twice:
         with pytest.raises(ValueError, match='two metrics of the name'): MetricsCB(*ms, **kw)
     with pytest.raises(ValueError, match='another name'): MetricsCB(loss=accuracy)
     for bad in (3, None, 'acc'):
