@@ -120,7 +120,7 @@ def _one(parts): return parts[0] if len(parts) == 1 else parts
 def capture_preds(self:Learner,
     cbs=None, # further callbacks, such as transforms
     inps: bool=False # the inputs as well?
-) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU; tuples, where a batch has several inputs or targets
+) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU; tuples of them, if a batch has several
     "Predict all of `dls.valid`, by `fit_aside`"
     cp = CapturePreds()
     self.fit_aside([cp, *cb_list(cbs)], valid=True)
