@@ -98,7 +98,7 @@ def _join_rest(*xs):
 
 def _cat(xs, what):
     try: return map_tensors(_join, *xs, rest=_join_rest)
-    except (ValueError, RuntimeError, AttributeError) as e: raise ValueError(f'the {what} of different batches cannot be joined: {e}') from e
+    except (ValueError, RuntimeError, AttributeError) as e: raise ValueError(f'the {what} of all batches cannot be joined: {e}') from e
 
 # %% ../nbs/09_augment.ipynb #82e2fda4
 class CapturePreds(Callback):
@@ -107,8 +107,7 @@ class CapturePreds(Callback):
     def before_fit(self, learn): self.all_inps,self.all_preds,self.all_targs = [],[],[]
     def after_batch(self, learn):
         inps,targs = split_batch(learn)
-        for gathered,o in ((self.all_inps, _one(inps)), (self.all_preds, learn.preds), (self.all_targs, _one(targs))):
-            gathered.append(to_cpu(o))
+        for nm,o in dict(all_inps=_one(inps), all_preds=learn.preds, all_targs=_one(targs)).items(): getattr(self, nm).append(to_cpu(o))
     def cleanup_fit(self, learn):
         if not isinstance(self.all_preds, list) or not self.all_preds: return # the fit never came to a prediction
         for nm,what in dict(all_inps='inputs', all_preds='predictions', all_targs='targets').items():

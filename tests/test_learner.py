@@ -432,7 +432,7 @@ def test_captured_targets_are_all_that_the_model_did_not_get():
 def test_predictions_of_different_structure_cannot_be_joined(classes):
     import miniai.augment # noqa: F401
     learn = Learner(Wrap(lambda t: (t,)*(len(t)//5)), classes, lambda p,y: p[0].mean(), cbs=TrainCB())
-    with pytest.raises(ValueError, match='predictions of different batches'): learn.capture_preds()
+    with pytest.raises(ValueError, match='predictions of all batches'): learn.capture_preds()
 
 METRICS = dict(bools=lambda p,y: p.argmax(1) == y, tensor=lambda p,y: METRICS['bools'](p, y).float().mean(),
                float=lambda p,y: METRICS['tensor'](p, y).item(), array=lambda p,y: METRICS['bools'](p, y).numpy(),
