@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'miniai.datasets._pixels': ('datasets.html#_pixels', 'miniai/datasets.py'),
                                  'miniai.datasets._seen': ('datasets.html#_seen', 'miniai/datasets.py'),
                                  'miniai.datasets._two_sets': ('datasets.html#_two_sets', 'miniai/datasets.py'),
+                                 'miniai.datasets._unseen': ('datasets.html#_unseen', 'miniai/datasets.py'),
                                  'miniai.datasets._whole': ('datasets.html#_whole', 'miniai/datasets.py'),
                                  'miniai.datasets.collate_dict': ('datasets.html#collate_dict', 'miniai/datasets.py'),
                                  'miniai.datasets.from_pgm': ('datasets.html#from_pgm', 'miniai/datasets.py'),

@@ -246,12 +246,19 @@ def from_pgm(
 
 # %% ../nbs/01_datasets.ipynb #9fd12b77
 _SPACES = 'CMYK', 'YCbCr', 'HSV', 'LAB' # other ways to write down a colour
-_SEEN = {'1': 'L', 'La': 'LA', 'P': 'RGB', 'PA': 'RGBA', 'RGBa': 'RGBA', 'RGBX': 'RGB', **dict.fromkeys(_SPACES, 'RGB')}
+_SEEN = {'1': 'L', 'La': 'LA', 'P': 'RGB', 'PA': 'RGBA', 'RGBa': 'RGBA', 'RGBX': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB', 'HSV': 'RGB'}
 
 def _seen(im, asked=None):
     "The PIL image `im` in a mode whose numbers are light, or in that colour space which the set was `asked` for"
     if im.mode in ('L', 'LA', 'RGB', 'RGBA') or im.mode.startswith('I;16') or im.mode == asked in _SPACES: return im
+    if im.mode not in _SEEN: raise ValueError(_unseen(im.mode))
     return im.convert('RGBA' if im.mode == 'P' and im.has_transparency_data else _SEEN[im.mode])
+
+# %% ../nbs/01_datasets.ipynb #3a95cc29
+def _unseen(mode):
+    how = ("ds.cast_column('image', datasets.Image(mode='RGB'))" if mode == 'LAB' else
+           "ds.map(lambda o: {'image': PIL.Image.fromarray(np.uint8(255*np.array(o['image'])/white))})")
+    return f'images of mode {mode} have no number that always stands for white: make bytes of them, such as with {how}'
 
 # %% ../nbs/01_datasets.ipynb #2566088a
 def _pixels(ds):
@@ -271,7 +278,7 @@ def _pixels(ds):
 def _from_16_bits(x):
     if (top := x.max()) < 2**14:
         warnings.warn(f'the largest number in these 16-bit images is {top} of 65535: they are dark, and as bytes '
-                      f'they have {(int(top)+128)//257 + 1} levels of grey left. Bring them to the full range first, with ds.map', stacklevel=4)
+                      f'they have {(int(top)+128)//257 + 1} levels of grey left. Spread them with ds.map first', stacklevel=4)
     return ((x.astype(np.uint32)+128)//257).astype(np.uint8)
 
 def to_tensors(
@@ -300,9 +307,6 @@ def _check_pictures(ims):
         if not hasattr(im, 'mode'):
             raise ValueError(f'row {i} holds {type(im).__name__}, not a picture: leave it out with ds.filter, or make a picture of it '
                              "with ds.cast_column('image', datasets.Image()) or ds.map")
-        if im.mode in ('I', 'F'):
-            raise ValueError(f'row {i} holds an image of mode {im.mode}, in which no number stands for white: make bytes of it, such as '
-                             "ds.map(lambda o: {'image': PIL.Image.fromarray(np.uint8(255*np.array(o['image'])/white))})")
 
 def _check_alike(ims, seen):
     kinds = {}

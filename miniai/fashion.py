@@ -70,7 +70,7 @@ def to_dataset(
     blobs = pa.LargeBinaryArray.from_buffers(pa.large_binary(), n, [None, pa.py_buffer(offsets), pa.py_buffer(files)])
     image = pa.StructArray.from_arrays([blobs.cast(pa.binary()), pa.nulls(n, pa.string())], names=['bytes', 'path'])
     features = Features(image=Image(), label=ClassLabel(names=list(FASHION_CLASSES)))
-    table = pa.table(dict(image=image, label=pa.array(labels, pa.int64())))
+    table = pa.table(dict(image=image, label=pa.array(labels.astype(np.int64))))
     content = Hasher.hash_bytes([files.tobytes(), labels.tobytes(), description.encode()]) # `datasets` itself would pickle it all
     return Dataset(table, info=DatasetInfo(description=description, features=features), fingerprint=content)
 

@@ -31,8 +31,9 @@ def accuracy(
 # %% ../nbs/02_training.ipynb #6d3489c8
 def _check_scores(out, yb):
     "Shapes only, since a value could not be looked at without waiting for the device"
-    out,yb = (getattr(o, 'shape', None) for o in (out, yb))
-    if out is None or yb is None: raise TypeError('accuracy takes two tensors: torch.as_tensor makes them')
+    for o in (out, yb):
+        if not isinstance(o, torch.Tensor): raise TypeError(f'accuracy takes two tensors, not {type(o).__name__}: torch.as_tensor makes one')
+    out,yb = out.shape,yb.shape
     if len(out) < 2 or out[1] < 2: raise ValueError(f'accuracy needs a score for each of several classes, not out of shape {tuple(out)}')
     if yb != out[:1] + out[2:]:
         raise ValueError(f'accuracy needs the number of one class for each row of out {tuple(out)}, not targets of shape {tuple(yb)}: '
