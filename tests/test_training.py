@@ -38,8 +38,8 @@ def test_a_row_with_nan_is_wrong():
     (torch.randn(8, 1), torch.zeros(8), ValueError, r'several classes, not out of shape \(8, 1\)'), # it would always guess 0
     (torch.randn(8), torch.zeros(8), ValueError, r'several classes, not out of shape \(8,\)'),
     (torch.randn(8, 3, 2), torch.zeros(8), ValueError, 'not targets'),
-    (torch.randn(4, 3), [0, 1, 2, 0], TypeError, 'two tensors, not list: torch.as_tensor'),
-    (np.zeros((4, 3)), np.zeros(4), TypeError, 'two tensors'), ((torch.randn(4, 3),), torch.zeros(4), TypeError, 'two tensors')])
+    (torch.randn(4, 3), [0, 1, 2, 0], TypeError, 'takes tensors, not list: torch.as_tensor'),
+    (np.zeros((4, 3)), np.zeros(4), TypeError, 'takes tensors'), ((torch.randn(4, 3),), torch.zeros(4), TypeError, 'takes tensors')])
 def test_targets_of_another_shape(out, y, error, message):
     for f in (accuracy, lambda out, y: report(torch.tensor(1.), out, y)):
         with pytest.raises(error, match=message): f(out, y)
