@@ -39,6 +39,7 @@ def show_image(
     if isinstance(im, torch.Tensor):
         im = im.detach().float().cpu() if im.is_floating_point() else im.detach().cpu()
         if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.permute(1, 2, 0)
+    elif hasattr(im, 'mode'): im = _shown(im)
     im = np.asarray(im)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]
     if ax is None: _,ax = plt.subplots(figsize=figsize)
@@ -47,6 +48,20 @@ def show_image(
     ax.set_xticks([]); ax.set_yticks([])
     if noframe: ax.axis('off')
     return ax
+
+# %% ../nbs/01_datasets.ipynb #9fd12b77
+_SPACES = 'CMYK', 'YCbCr', 'HSV', 'LAB' # other ways to write down a colour
+_SEEN = {'1': 'L', 'La': 'LA', 'P': 'RGB', 'PA': 'RGBA', 'RGBa': 'RGBA', 'RGBX': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB', 'HSV': 'RGB'}
+
+def _seen(im, asked=None):
+    "The PIL image `im` in a mode whose numbers are light, or in that colour space which it was `asked` for"
+    if im.mode not in _SEEN or im.mode == asked in _SPACES: return im
+    return im.convert('RGBA' if im.mode == 'P' and im.has_transparency_data else _SEEN[im.mode])
+
+def _shown(im):
+    "`im` in a mode that `imshow` draws"
+    im = _seen(im)
+    return im.convert({'LA': 'RGBA', 'LAB': 'RGB'}.get(im.mode, im.mode))
 
 # %% ../nbs/01_datasets.ipynb #ade15950
 def subplots(
@@ -123,6 +138,7 @@ class inplace:
 
 # %% ../nbs/01_datasets.ipynb #c6121a3e
 def _collate_dict(keys, rows):
+    if not rows: raise ValueError('there are no rows to collate')
     b = default_collate(rows)
     return tuple(b[k] for k in _columns(keys, list(b)))
 
@@ -228,9 +244,9 @@ def to_float(
 
 # %% ../nbs/01_datasets.ipynb #72ae077d
 def _check_bytes(x, pad):
-    if getattr(x, 'dtype', None) != torch.uint8:
-        raise TypeError(f'to_float takes a tensor of bytes (torch.uint8), not {getattr(x, "dtype", type(x))}: '
-                        'what is floating point already has its range')
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f'to_float takes a tensor of bytes (torch.uint8), not {got}, of which it cannot know what white is')
     _whole('pad', pad, least=0)
 
 # %% ../nbs/01_datasets.ipynb #75fdf3f3
@@ -238,27 +254,11 @@ def from_pgm(
     files: Sequence[bytes] # image files, at least one
 ) -> np.ndarray|None: # uint8 (n, h, w); `None` if they are not all PGM files of one size
     "The pixels of raw image files, cut out all at once"
-    head = re.match(rb'P5\s([1-9]\d*)\s([1-9]\d*)\s255\s', files[0] or b'')
+    head = re.match(rb'P5\s([1-9]\d{0,8})\s([1-9]\d{0,8})\s255\s', files[0] or b'')
     if head is None: return None
     w,h,at = int(head[1]),int(head[2]),head.end()
     if any(f is None or f[:at] != head[0] or len(f) != at+h*w for f in files): return None
     return np.frombuffer(b''.join(files), np.uint8).reshape(len(files), -1)[:,at:].reshape(-1, h, w).copy()
-
-# %% ../nbs/01_datasets.ipynb #9fd12b77
-_SPACES = 'CMYK', 'YCbCr', 'HSV', 'LAB' # other ways to write down a colour
-_SEEN = {'1': 'L', 'La': 'LA', 'P': 'RGB', 'PA': 'RGBA', 'RGBa': 'RGBA', 'RGBX': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB', 'HSV': 'RGB'}
-
-def _seen(im, asked=None):
-    "The PIL image `im` in a mode whose numbers are light, or in that colour space which the set was `asked` for"
-    if im.mode in ('L', 'LA', 'RGB', 'RGBA') or im.mode.startswith('I;16') or im.mode == asked in _SPACES: return im
-    if im.mode not in _SEEN: raise ValueError(_unseen(im.mode))
-    return im.convert('RGBA' if im.mode == 'P' and im.has_transparency_data else _SEEN[im.mode])
-
-# %% ../nbs/01_datasets.ipynb #3a95cc29
-def _unseen(mode):
-    how = ("ds.cast_column('image', datasets.Image(mode='RGB'))" if mode == 'LAB' else
-           "ds.map(lambda o: {'image': PIL.Image.fromarray(np.uint8(255*np.array(o['image'])/white))})")
-    return f'images of mode {mode} have no number that always stands for white: make bytes of them, such as with {how}'
 
 # %% ../nbs/01_datasets.ipynb #2566088a
 def _pixels(ds):
@@ -268,9 +268,9 @@ def _pixels(ds):
     if feature == Image():
         x = from_pgm([o and o['bytes'] for o in ds.cast_column('image', Image(decode=False))[:]['image']])
         if x is not None: return x
-    ims = ds[:]['image']
-    _check_pictures(ims)
-    seen = [_seen(o, getattr(feature, 'mode', None)) for o in ims]
+    ims,asked = ds[:]['image'],getattr(feature, 'mode', None)
+    _check_pictures(ims, asked)
+    seen = [_seen(o, asked) for o in ims]
     _check_alike(ims, seen)
     x = np.stack([np.asarray(o) for o in seen])
     return x if x.itemsize == 1 else _from_16_bits(x)
@@ -302,11 +302,16 @@ def _check_columns(ds):
         raise KeyError(f"the set has no column 'label', only {there}: ds.rename_column('its name', 'label') renames one, and "
                        "ds.select_columns('image') leaves images without labels")
 
-def _check_pictures(ims):
+def _check_pictures(ims, asked):
     for i,im in enumerate(ims):
         if not hasattr(im, 'mode'):
             raise ValueError(f'row {i} holds {type(im).__name__}, not a picture: leave it out with ds.filter, or make a picture of it '
                              "with ds.cast_column('image', datasets.Image()) or ds.map")
+        if im.mode in ('I', 'F') or im.mode == 'LAB' != asked:
+            how = ("ds.cast_column('image', datasets.Image(mode='RGB'))" if im.mode == 'LAB' else
+                   "ds.map(lambda o: {'image': PIL.Image.fromarray(np.uint8(255*np.array(o['image'])/white))})")
+            raise ValueError(f'row {i} holds an image of mode {im.mode}, in which no number always stands for white: make bytes of it, '
+                             f'such as with {how}')
 
 def _check_alike(ims, seen):
     kinds = {}

@@ -6,8 +6,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from miniai import datasets as md, fashion
-from miniai.datasets import (DataLoaders, TensorLoader, collate_dict, from_pgm, get_dls, get_grid, in_memory, inplace, show_images,
-                             to_float, to_tensors)
+from miniai.datasets import (DataLoaders, TensorLoader, collate_dict, from_pgm, get_dls, get_grid, in_memory, inplace, show_image,
+                             show_images, to_float, to_tensors)
 from miniai.fashion import to_dataset
 
 def random_set(n, h=5, w=7, seed=0):
@@ -148,7 +148,8 @@ def test_cutting_raw_files():
     assert from_pgm([f.replace(b' ', b'\n') for f in files]).shape == (3, 2, 3), 'as Pillow writes it'
 
 @pytest.mark.parametrize('file', [None, b'', HEAD + bytes(5), HEAD + bytes(7), b'P5 3 2 254\n' + bytes(6),
-                                  b'P6 3 2 255\n' + bytes(6), b'\x89PNG' + bytes(13), b'P5 3 2 65535\n' + bytes(12), b'P5 0 2 255\n',
+                                  b'P6 3 2 255\n' + bytes(6),
+                                  b'P5 ' + b'9'*5000 + b' 2 255\n', b'\x89PNG' + bytes(13), b'P5 3 2 65535\n' + bytes(12), b'P5 0 2 255\n',
                                   b'P5 #3\n3 2 255\n' + bytes(6)])
 def test_files_that_cannot_be_cut(file):
     assert from_pgm([file]) is None and from_pgm([HEAD + bytes(6), file]) is None
@@ -206,7 +207,7 @@ def test_modes_that_no_file_holds_are_known_too(mode):
 @pytest.mark.parametrize('mode', ['I', 'F'])
 def test_modes_without_a_white_are_refused_by_name(mode):
     ds = held(*[picture('L', 'white').convert(mode)]*2)
-    with pytest.raises(ValueError, match=f'images of mode {mode} have no number .* for white: .*ds.map'): to_tensors(ds)
+    with pytest.raises(ValueError, match=f'row 0 holds an image of mode {mode}, in which no number .* white: .*ds.map'): to_tensors(ds)
     white = 255
     mapped = ds.map(lambda o: {'image': Image.fromarray(np.uint8(255*np.array(o['image'])/white))}) # what the message says to do
     assert (to_tensors(mapped)[0] == 255).all()
@@ -214,7 +215,7 @@ def test_modes_without_a_white_are_refused_by_name(mode):
 def test_lab_is_refused_by_name():
     "Back in RGB, its black is not quite black"
     ds = held(*[picture('LAB', 'white')]*2)
-    with pytest.raises(ValueError, match=r"images of mode LAB .*Image\(mode='RGB'\)"): to_tensors(ds)
+    with pytest.raises(ValueError, match=r"row 0 holds an image of mode LAB, .*Image\(mode='RGB'\)"): to_tensors(ds)
     assert (to_tensors(ds.cast_column('image', datasets.Image(mode='RGB')))[0] >= 254).all()
 
 @pytest.mark.parametrize('mode', ['HSV', 'YCbCr', 'CMYK', 'LAB'])
@@ -222,6 +223,14 @@ def test_a_colour_space_that_was_asked_for_is_kept(mode):
     ds = held(*[picture('RGB', 'red')]*2, mode=mode)
     x,_ = to_tensors(ds)
     assert np.array_equal(x[0].movedim(0, -1), np.asarray(ds[0]['image'])) and ds[0]['image'].mode == mode
+
+@pytest.mark.parametrize('mode', [*CHANNELS, 'La', 'RGBa', 'HSV', 'LAB'])
+def test_pictures_of_every_mode_are_shown_as_they_look(mode):
+    if mode.startswith('I;16'): return # one number, drawn by matplotlib's scale
+    drawn = show_image(picture(mode, 'red')).images[0].get_array()
+    if drawn.ndim == 2: return # without colours
+    want = [76, 76, 76] if mode in ('LA', 'La') else [255, 0, 0]
+    assert drawn.shape[2] in (3, 4) and abs(drawn[0,0,:3].astype(int) - want).max() <= 5
 
 def test_sixteen_bits_are_rounded_to_eight():
     values = np.array([0, 128, 129, 256, 257, 32767, 32768, 65406, 65407, 65535], dtype=np.uint16)
@@ -374,7 +383,7 @@ def test_labels_that_are_no_numbers():
     (lambda dd: get_grid(4, nrows=0), ValueError, 'nrows must be'), (lambda dd: get_grid(4, ncols=1.5), ValueError, 'ncols must be'),
     (lambda dd: show_images(torch.zeros(16, 1, 4, 4), nrows=1, ncols=1), ValueError, '16 images do not fit into 1×1 places'),
     (lambda dd: show_images(torch.zeros(16, 1, 4, 4), 3, 5), ValueError, 'do not fit into 3×5'),
-    (lambda dd: show_images([]), ValueError, 'at least 1')])
+    (lambda dd: collate_dict(dd['train'])([]), ValueError, 'no rows'), (lambda dd: show_images([]), ValueError, 'at least 1')])
 def test_wrong_calls(dd, call, error, message):
     with pytest.raises(error, match=message): call(dd)
 
