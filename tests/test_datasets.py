@@ -148,7 +148,8 @@ def test_cutting_raw_files():
     assert from_pgm([f.replace(b' ', b'\n') for f in files]).shape == (3, 2, 3), 'as Pillow writes it'
 
 @pytest.mark.parametrize('file', [None, b'', HEAD + bytes(5), HEAD + bytes(7), b'P5 3 2 254\n' + bytes(6),
-                                  b'P6 3 2 255\n' + bytes(6), b'P5 ' + b'9'*5000 + b' 2 255\n', b'\x89PNG' + bytes(13), b'P5 3 2 65535\n' + bytes(12), b'P5 0 2 255\n',
+                                  b'P6 3 2 255\n' + bytes(6), b'P5 ' + b'9'*5000 + b' 2 255\n',
+                                  b'\x89PNG' + bytes(13), b'P5 3 2 65535\n' + bytes(12), b'P5 0 2 255\n',
                                   b'P5 #3\n3 2 255\n' + bytes(6)])
 def test_files_that_cannot_be_cut(file):
     assert from_pgm([file]) is None and from_pgm([HEAD + bytes(6), file]) is None
