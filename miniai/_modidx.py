@@ -569,6 +569,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'miniai.sgd._made': ('sgd.html#_made', 'miniai/sgd.py'),
                             'miniai.sgd._plain': ('sgd.html#_plain', 'miniai/sgd.py'),
                             'miniai.sgd._plain_series': ('sgd.html#_plain_series', 'miniai/sgd.py'),
+                            'miniai.sgd._unit': ('sgd.html#_unit', 'miniai/sgd.py'),
                             'miniai.sgd._warms_up': ('sgd.html#_warms_up', 'miniai/sgd.py')},
             'miniai.standin': { 'miniai.standin.arch': ('standin.html#arch', 'miniai/standin.py'),
                                 'miniai.standin.bag': ('standin.html#bag', 'miniai/standin.py'),
