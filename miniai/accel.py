@@ -121,7 +121,7 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        self.loss,self.size = learn.loss,n_items(learn.batch)
+        self.loss,self.size = learn.loss,getattr(learn.dl, 'n_shared', None) or n_items(learn.batch) # several processes share it
         if not self.batches: self.unit = self.size # so that weights are near 1, where 16 bits are finer than near 128
         learn.loss = learn.loss*(self.size/self.unit)
 
@@ -152,7 +152,7 @@ class _Share(WrappedDL):
         torch.manual_seed(seed)
         for i,batch in enumerate(self.dl):
             if i == 0: torch.manual_seed(seed+1+self.rank) # the order is drawn
-            total = n_items(batch)
+            self.n_shared = total = n_items(batch)
             _check_enough(total, self.n)
             part = _rows(batch, total, slice(self.rank, None, self.n))
             self.weight = n_items(part)*self.n/total

@@ -31,7 +31,8 @@ from pathlib import Path
 from accelerate import notebook_launcher
 from torch import nn
 from miniai.activations import set_seed
-from miniai.accel import AccelerateCB
+from miniai.accel import AccelerateCB, GradAccumCB
+from miniai.augment import CapturePreds
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.learner import Callback, Learner, MetricsCB, ProgressCB
@@ -45,6 +46,15 @@ class Seen(Callback):
     def before_batch(self, learn):
         if learn.training: seen.extend(learn.batch[0][:,0].tolist())
 
+class Ask(Callback):
+    "Looks at predictions in the middle of training"
+    def ask(self, learn):
+        preds,targs = learn.capture_preds()
+        assert 0 < len(preds) == len(targs) <= 100
+    after_epoch = ask
+    def before_batch(self, learn):
+        if learn.training and learn.iter == 2: self.ask(learn)
+
 lines,seen,folder = [],[],Path(sys.argv[2])
 def train():
     set_seed(1)
@@ -53,6 +63,8 @@ def train():
     dls = DataLoaders(TensorLoader(x, y, bs=17, shuffle='shuffle' in sys.argv), TensorLoader(x, y, bs=35))
     engine,checkpoints = AccelerateCB(mixed_precision='no'),CheckpointCB(folder/'checkpoints')
     cbs = [engine, MetricsCB(accuracy=accuracy), ProgressCB(), Losses(), Seen(), checkpoints]
+    if 'ask' in sys.argv: cbs.append(Ask())
+    if 'accumulate' in sys.argv: cbs.append(GradAccumCB(2))
     learn = Learner(model, dls, F.cross_entropy, .1, cbs)
     learn.fit(3)
     assert learn.model is model and learn.dls is dls and len(learn.cbs) == len(cbs)
@@ -74,8 +86,9 @@ def launch(n, folder, *args):
 
 def numbers(folder, rank): return [torch.tensor(eval(line)) for line in (folder/f'{rank}.txt').read_text().splitlines()]
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    outs = {n: launch(n, tmp_path/str(n)) for n in (1, 2)}
+@pytest.mark.parametrize('args', [(), ('ask', 'accumulate')], ids=['plain', 'helpers within, accumulated'])
+def test_two_processes_learn_what_one_does(tmp_path, args):
+    outs = {n: launch(n, tmp_path/str(n), *args) for n in (1, 2)}
     alone,*both = numbers(tmp_path/'1', 0),numbers(tmp_path/'2', 0),numbers(tmp_path/'2', 1)
     for together in both:
         for a,b in zip(alone, together, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
