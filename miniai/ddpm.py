@@ -18,8 +18,8 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 
-from .init import mode_kept
-from .learner import TrainCB
+from .conv import mode_kept
+from .learner import TrainCB, batch_parts
 from .schedule import Schedule, add_noise, check_images, check_sched, check_whole, extract
 
 _all_ = [Schedule, add_noise, check_images, check_sched, check_whole, extract] # importable from ddpm, too
@@ -39,7 +39,7 @@ class DDPMCB(TrainCB):
     looked = False # at the pixels? It is done once a fit
     def before_fit(self, learn): self.looked = False
     def before_batch(self, learn):
-        x0 = learn.batch[0]
+        x0 = batch_parts(learn.batch)[0]
         check_images(x0, 'DDPMCB', values=not self.looked)
         self.looked = True
         self.sched = self.sched.to(x0.device)

@@ -19,9 +19,9 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from .conv import mode_kept
 from .ddpm import SpaceToDepth, check_sizes, ddpm_steps, predict_noise, pure_noise, sizes_taken
-from .init import mode_kept
-from .learner import Callback, DeviceCB
+from .learner import Callback, DeviceCB, batch_parts
 from .schedule import Schedule, add_noise, check_images, check_sched, check_whole, extract
 
 # %% ../nbs/13_fast_ddpm.ipynb #42c2f575
@@ -124,7 +124,7 @@ class DDPMCB(Callback):
     looked = False # at the pixels? It is done once a fit
     def before_fit(self, learn): self.looked = False
     def before_batch(self, learn):
-        x0 = learn.batch[0]
+        x0 = batch_parts(learn.batch)[0]
         if not self.looked: check_images(x0, 'DDPMCB', values=True)
         self.looked = True
         self.sched = self.sched.to(x0.device)
@@ -211,7 +211,7 @@ class NoiseFromV(nn.Module):
 class VPredCB(DDPMCB):
     "A DDPMCB that lets the model predict v = √ᾱ·ε - √(1-ᾱ)·x_0 (Salimans & Ho 2022, section 4 and appendix D)"
     def before_batch(self, learn):
-        x0 = learn.batch[0]
+        x0 = batch_parts(learn.batch)[0]
         super().before_batch(learn)
         (x_t,t),ε = learn.batch
         ᾱ_t = extract(self.sched.ᾱ, t, x0)

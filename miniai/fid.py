@@ -313,7 +313,8 @@ def _check_asked(model, dls, lo, pad):
 def _look_for_classifier(shape, black):
     if shape[-2:] == (28, 28) and black >= 0: return
     warnings.warn(f'the classifiers of miniai learnt from images of 28×28, from 0 to 1, but those in dls are {shape}, '
-                  f'from {black:g}: unless this one learnt from such images, make dls with in_memory(dd, bs), and say with lo and pad how the samples are', stacklevel=3)
+                  f'from {black:g}: unless this one learnt from such images, make dls with in_memory(dd, bs), '
+                  'and say with lo and pad how the samples are', stacklevel=3)
 
 # %% ../nbs/15_fid.ipynb #33b97ea5
 class Inception(nn.Module):

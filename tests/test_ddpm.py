@@ -205,8 +205,9 @@ def test_sizes_are_read_off_the_network():
     assert SpaceToDepth(unet(in_channels=8, out_channels=8)).takes == (2, 4)
     check_sizes(torch.zeros(2,5,7,9), None, None, 1) # nothing is known
 
-@pytest.mark.parametrize('sz, message', [((2,1,14,15), 'multiples of 2, not 14×15'), ((2,3,8,8), 'of 1 channel, not 3: build it with in_channels=3'),
-                                         ((2,1,1,1), 'multiples of 2, not 1×1')])
+@pytest.mark.parametrize('sz, message', [
+    ((2,1,14,15), 'multiples of 2, not 14×15'), ((2,3,8,8), 'of 1 channel, not 3: build it with in_channels=3'),
+    ((2,1,1,1), 'multiples of 2, not 1×1')])
 def test_sizes_that_the_network_cannot_take_are_named(sz, message):
     x = torch.zeros(sz)
     learn = Learner(unet(), DataLoaders([(x, x)], [(x, x)]), F.mse_loss, cbs=DDPMCB())
@@ -223,7 +224,8 @@ def test_what_cannot_be_folded():
     with pytest.raises(ValueError, match='each of the 2 images, not shape'): net(torch.zeros(2,1,8,8), torch.zeros(3))
     for t in (3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 3])): assert net(torch.zeros(2,1,8,8), t).shape == (2,1,8,8)
 
-@pytest.mark.parametrize('x', [torch.rand(4,1,8,8)*255, (torch.rand(4,1,8,8)*255).round(), torch.rand(4,3,8,8)*65535, torch.rand(4,1,8,8)*255-127])
+@pytest.mark.parametrize('x', [
+    torch.rand(4,1,8,8)*255, (torch.rand(4,1,8,8)*255).round(), torch.rand(4,3,8,8)*65535, torch.rand(4,1,8,8)*255-127])
 def test_images_that_no_noise_hides(x):
     x[0,0,0,:2] = torch.tensor([x.min(), x.max()])
     learn = Learner(Wavy(), DataLoaders([(x, x)], [(x, x)]), F.mse_loss, cbs=DDPMCB())
@@ -262,10 +264,12 @@ def test_numbers_of_numpy_are_numbers():
     assert len(DDPMCB(np.int64(3), np.float32(.1), np.float64(.2)).sched) == 3
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(model=None), TypeError, 'model must be an nn.Module.*NoneType'), (dict(model=Wavy), TypeError, 'not Wavy itself, which has to be called'),
+    (dict(model=None), TypeError, 'model must be an nn.Module.*NoneType'),
+    (dict(model=Wavy), TypeError, 'not Wavy itself, which has to be called'),
     (dict(model=lambda x,t: x), TypeError, 'itself'), (dict(sched=None), TypeError, 'needs a Schedule'),
     (dict(sched=Schedule.linear(2).ᾱ), TypeError, 'not a Tensor'), (dict(sz=16), ValueError, 'sz must be'),
-    (dict(sz=(1,1,8.,8)), TypeError, 'h of sz must be a whole number'), (dict(sz=(1,0,8,8)), ValueError, 'channels of sz must be at least 1'),
+    (dict(sz=(1,1,8.,8)), TypeError, 'h of sz must be a whole number'),
+    (dict(sz=(1,0,8,8)), ValueError, 'channels of sz must be at least 1'),
     (dict(generator=0), TypeError, 'generator must be a torch.Generator, not 0')])
 def test_what_cannot_be_sampled_with(kw, error, message):
     for f in (ddpm_sample, lambda **k: next(ddpm_steps(**k))):
@@ -280,9 +284,11 @@ def test_models_that_answer_with_a_tuple():
     with pytest.raises(ValueError, match='the model returned a tuple'): ddpm_sample(Two(), Schedule.linear(2), (1,1,4,4))
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(nrow=0), ValueError, 'nrow must be at least 1'), (dict(nrow=-1), ValueError, 'nrow'), (dict(scale=0), ValueError, 'scale must be'),
+    (dict(nrow=0), ValueError, 'nrow must be at least 1'), (dict(nrow=-1), ValueError, 'nrow'),
+    (dict(scale=0), ValueError, 'scale must be'),
     (dict(scale=1.5), TypeError, 'scale must be a whole number'), (dict(x=torch.zeros(0,1,4,4)), ValueError, 'images must be at least 1'),
-    (dict(x=torch.zeros(2,1,4,4, dtype=torch.uint8)), ValueError, 'floating point'), (dict(x=torch.zeros(4,4)), ValueError, 'to_grid needs images')])
+    (dict(x=torch.zeros(2,1,4,4, dtype=torch.uint8)), ValueError, 'floating point'),
+    (dict(x=torch.zeros(4,4)), ValueError, 'to_grid needs images')])
 def test_bad_grids(kw, error, message):
     with pytest.raises(error, match=message): to_grid(**dict(x=torch.zeros(2,1,4,4)) | kw)
 
@@ -305,3 +311,22 @@ def test_an_animation_is_there_whole_or_not_at_all(tmp_path, monkeypatch, exc):
     for name in ('a.gif', 'b.gif'):
         with pytest.raises(exc): save_gif(tmp_path/name, frames[:1])
     assert [o.name for o in tmp_path.iterdir()] == ['a.gif'] and (tmp_path/'a.gif').read_bytes() == before
+
+@pytest.mark.parametrize('form', [lambda x: x, lambda x: (x,), lambda x: dict(image=x, label=x[:,0,0,0]), lambda x: [x, x]])
+def test_batches_of_any_form(form):
+    x = torch.rand(4,1,8,8)
+    learn = Learner(Wavy(), DataLoaders([form(x)]*3, [form(x)]), F.mse_loss, lr=.1, cbs=DDPMCB())
+    learn.fit(1)
+    assert learn.batch[1].shape == learn.preds.shape == x.shape
+
+def test_the_learning_rate_finder_draws_the_noise_task():
+    import matplotlib.pyplot as plt
+    x,cb = torch.rand(16,1,8,8)*2-1,DDPMCB(n_steps=50)
+    net,dls = SpaceToDepth(unet(in_channels=4, out_channels=4)),DataLoaders([x]*8, [x])
+    learn = Learner(net, dls, F.mse_loss, cbs=cb, opt_func=torch.optim.Adam)
+    learn.fit(1)
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.lr_find()
+    losses = plt.gca().lines[0].get_ydata()
+    assert len(losses) > 10 and losses[0] == pytest.approx(learn.loss.item(), abs=.4) # about 1, the variance of the noise
+    assert all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters())) and learn.cbs == [cb]

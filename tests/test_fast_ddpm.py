@@ -259,7 +259,8 @@ def test_the_multiple_is_that_of_the_network(chans, fold, multiple):
 def test_channels(c):
     model,x,t = fast_unet((8, 16), in_channels=c),torch.randn(2, c, 16, 16),torch.tensor([1, 2])
     assert model(x, t).shape == x.shape and sample(model, S, (2, c, 16, 16), 2).shape == x.shape
-    with pytest.raises(ValueError, match=f'images of {c} channels?, not {c+1}: build it with in_channels={c+1}'): model(torch.randn(2, c+1, 16, 16), t)
+    with pytest.raises(ValueError, match=f'images of {c} channels?, not {c+1}: build it with in_channels={c+1}'):
+        model(torch.randn(2, c+1, 16, 16), t)
     with pytest.raises(ValueError, match='images of 1 channel, not 3'): tiny()(torch.randn(2, 3, 16, 16), t)
 
 @pytest.mark.parametrize('model', [fast_unet((8, 16)), tiny()], ids=['folded', 'not'])
@@ -272,16 +273,20 @@ def test_steps_that_are_missing_or_too_many(model):
     for t in (3, torch.tensor(3), torch.tensor([3]), torch.full((8,), 3)): assert model(x, t).shape == x.shape
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(chans=16), TypeError, 'chans are the channels of each size'), (dict(chans=()), TypeError, 'chans'), (dict(chans=(8., 16)), TypeError, 'each of chans'),
+    (dict(chans=16), TypeError, 'chans are the channels of each size'),
+    (dict(chans=()), TypeError, 'chans'), (dict(chans=(8., 16)), TypeError, 'each of chans'),
     (dict(fold=0), ValueError, 'fold must be at least 1, not 0'), (dict(layers=0), ValueError, 'layers must be at least 1'),
     (dict(fold=1.5), TypeError, 'fold must be a whole number'), (dict(in_channels=0), ValueError, 'in_channels must be at least 1')])
 def test_networks_that_cannot_be(kw, error, message):
     with pytest.raises(error, match=message): fast_unet(**kw)
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(weights=torch.ones(3)), ValueError, 'weights must be 10 numbers'), (dict(weights=torch.ones(99)), ValueError, 'weights must be 10 numbers'),
-    (dict(weights=torch.full((10,), torch.inf)), ValueError, 'weights must be 10 numbers'), (dict(weights=-torch.ones(10)), ValueError, 'weights'),
-    (dict(weights=torch.full((10,), torch.nan)), ValueError, 'finite'), (dict(weights=torch.ones(10).long()), TypeError, r'weights.float\(\)'),
+    (dict(weights=torch.ones(3)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=torch.ones(99)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=torch.full((10,), torch.inf)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=-torch.ones(10)), ValueError, 'weights'),
+    (dict(weights=torch.full((10,), torch.nan)), ValueError, 'finite'),
+    (dict(weights=torch.ones(10).long()), TypeError, r'weights.float\(\)'),
     (dict(weights=[1]*10), TypeError, 'weights must be a tensor'), (dict(ᾱ=torch.tensor([2., 3.])), ValueError, 'from 0 to 1'),
     (dict(ᾱ=torch.tensor([.5, -.1])), ValueError, 'from 0 to 1'), (dict(ᾱ=torch.tensor([.5, torch.nan])), ValueError, 'from 0 to 1'),
     (dict(ᾱ=torch.tensor(.5)), ValueError, 'a row of numbers'), (dict(ᾱ=torch.zeros(0)), ValueError, 'a row of numbers'),
@@ -307,11 +312,13 @@ def test_what_is_no_schedule(sched, net):
         with pytest.raises(TypeError, match='needs a Schedule, such as'): f()
 
 @pytest.mark.parametrize('f, error, message', [
-    (lambda n: NoiseFromV(n, None), TypeError, 'NoiseFromV needs a Schedule'), (lambda n: strides(10, 2.5), TypeError, 'number of steps must be a whole number'),
+    (lambda n: NoiseFromV(n, None), TypeError, 'NoiseFromV needs a Schedule'),
+    (lambda n: strides(10, 2.5), TypeError, 'number of steps must be a whole number'),
     (lambda n: strides('10', 2), TypeError, "not '10'"), (lambda n: sample(n, S, (1,1,4,4), 2.), TypeError, 'not 2.0'),
     (lambda n: sample(n, S, 16, 2), ValueError, 'sz must be'), (lambda n: sample(None, S, (1,1,4,4), 2), TypeError, 'model must be'),
     (lambda n: sample(fast_unet, S, (1,1,4,4)), TypeError, 'not fast_unet itself, which has to be called'),
-    (lambda n: sample(n, S, (1,1,4,4), 2, generator=0), TypeError, 'torch.Generator'), (lambda n: init_ddpm(None), TypeError, 'model must be'),
+    (lambda n: sample(n, S, (1,1,4,4), 2, generator=0), TypeError, 'torch.Generator'),
+    (lambda n: init_ddpm(None), TypeError, 'model must be'),
     (lambda n: ddim_step(torch.zeros(1), torch.zeros(1), .5, .6), TypeError, 'ᾱ_t and ᾱ_s must be tensors'),
     (lambda n: NoiseFromV(n, S)(torch.zeros(8,1,4,4), torch.full((8,), 99)), IndexError, 't has step 99, but there are only 10'),
     (lambda n: min_snr(S.ᾱ, torch.nan), ValueError, 'a ratio above 0')])
@@ -322,6 +329,25 @@ def test_wrong_calls(net, f, error, message):
 def test_images_that_no_noise_hides(cb):
     x = torch.rand(4, 1, 16, 16)*255
     learn = Learner(tiny(), DataLoaders([(x, x)], []), F.mse_loss, cbs=[TrainCB(), cb()])
-    with pytest.raises(ValueError, match='DDPMCB got images that run from .* which noise of variance 1 cannot hide'): learn.fit(1, valid=False)
+    with pytest.raises(ValueError, match='DDPMCB got images that run from .* which noise of variance 1'): learn.fit(1, valid=False)
     learn.dls = DataLoaders([(x/255, x)]*2, [])
     learn.fit(1, valid=False)
+
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+@pytest.mark.parametrize('form', [lambda x: x, lambda x: (x,), lambda x: dict(image=x, label=x[:,0,0,0])])
+def test_batches_of_any_form(cb, form):
+    x = torch.rand(4, 1, 16, 16)
+    learn = Learner(tiny(), DataLoaders([form(x)]*3, [form(x)]), F.mse_loss, cbs=[TrainCB(), cb(), MetricsCB()])
+    learn.fit(1)
+    assert learn.batch[1].shape == learn.preds.shape == x.shape
+
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+def test_the_learning_rate_finder_draws_the_noise_task(cb):
+    import matplotlib.pyplot as plt
+    set_seed(0)
+    learn = Learner(fast_unet((8, 16)), small_set(), F.mse_loss, cbs=[TrainCB(), cb(Schedule.linear(50)), EMACB(.9)], opt_func=optim.Adam)
+    learn.lr_find()
+    losses = plt.gca().lines[0].get_ydata()
+    target = 1. if cb is DDPMCB else (learn.fit_aside(valid=True).batch[1]**2).mean().item()
+    assert len(losses) > 10 and losses[0] == pytest.approx(target, abs=.15), 'it begins by predicting zero'
+    learn.fit(1)
