@@ -125,6 +125,6 @@ def check_images(
 
 def _check_pixels(lo, hi, who):
     if not math.isfinite(hi-lo): raise ValueError(f'{who} got images with values that are not finite numbers (NaN or infinity)')
-    if lo >= 0 and hi > 10 or hi-lo > 100:
+    if lo >= 0 and hi > 50 or hi-lo > 150: # bytes; whatever has the size of pictures is far smaller
         raise ValueError(f'{who} got images that run from {lo:g} to {hi:g}, which noise of variance 1 cannot hide: '
                          'bring them to about -1 to 1, such as bytes with x/127.5 - 1 or to_float(x, lo=-1)')

@@ -227,13 +227,12 @@ def test_what_cannot_be_folded():
 @pytest.mark.parametrize('x', [
     torch.rand(4,1,8,8)*255, (torch.rand(4,1,8,8)*255).round(), torch.rand(4,3,8,8)*65535, torch.rand(4,1,8,8)*255-127])
 def test_images_that_no_noise_hides(x):
-    x[0,0,0,:2] = torch.tensor([x.min(), x.max()])
     learn = Learner(Wavy(), DataLoaders([(x, x)], [(x, x)]), F.mse_loss, cbs=DDPMCB())
     for _ in range(2):
         with pytest.raises(ValueError, match='which noise of variance 1 cannot hide'): learn.fit(1)
 
 @pytest.mark.parametrize('x', [torch.rand(4,1,8,8), torch.rand(4,1,8,8)-.5, torch.rand(4,1,8,8)*2-1, (torch.rand(4,1,8,8)-.28)/.1,
-                               torch.randn(4,2,1,1)*5, torch.zeros(4,1,8,8), torch.ones(4,1,8,8), torch.rand(4,1,8,8).double()*2.5])
+                               torch.randn(4,2,1,1)*5, torch.zeros(4,1,8,8), torch.ones(4,1,8,8), torch.rand(4,1,8,8).double()*20])
 def test_images_that_noise_hides(x): assert batch_of(DDPMCB(), x)[0].shape == x.shape
 
 def test_images_that_are_not_finite():
