@@ -130,7 +130,7 @@ def predict_noise(
 # %% ../nbs/12_ddpm.ipynb #5d0e91bb
 def _check_asked(model, sz, generator):
     if not isinstance(model, nn.Module):
-        what = f'{getattr(model, "__name__", "this")} itself, which has to be called' if callable(model) else f'a {type(model).__name__}'
+        what = f'{model.__name__} itself: call it, or put it into one' if hasattr(model, '__name__') else f'a {type(model).__name__}'
         raise TypeError(f'model must be an nn.Module, (x_t, t) → prediction, not {what}')
     if not isinstance(sz, (tuple, list)) or len(sz) != 4: raise ValueError(f'sz must be (n, channels, h, w), not {sz}')
     for name,o,least in zip(('n', 'channels', 'h', 'w'), sz, (0, 1, 1, 1)): check_whole(o, f'{name} of sz', least)

@@ -264,7 +264,7 @@ def test_numbers_of_numpy_are_numbers():
 
 @pytest.mark.parametrize('kw, error, message', [
     (dict(model=None), TypeError, 'model must be an nn.Module.*NoneType'),
-    (dict(model=Wavy), TypeError, 'not Wavy itself, which has to be called'),
+    (dict(model=Wavy), TypeError, 'not Wavy itself: call it'),
     (dict(model=lambda x,t: x), TypeError, 'itself'), (dict(sched=None), TypeError, 'needs a Schedule'),
     (dict(sched=Schedule.linear(2).ᾱ), TypeError, 'not a Tensor'), (dict(sz=16), ValueError, 'sz must be'),
     (dict(sz=(1,1,8.,8)), TypeError, 'h of sz must be a whole number'),

@@ -316,7 +316,7 @@ def test_what_is_no_schedule(sched, net):
     (lambda n: strides(10, 2.5), TypeError, 'number of steps must be a whole number'),
     (lambda n: strides('10', 2), TypeError, "not '10'"), (lambda n: sample(n, S, (1,1,4,4), 2.), TypeError, 'not 2.0'),
     (lambda n: sample(n, S, 16, 2), ValueError, 'sz must be'), (lambda n: sample(None, S, (1,1,4,4), 2), TypeError, 'model must be'),
-    (lambda n: sample(fast_unet, S, (1,1,4,4)), TypeError, 'not fast_unet itself, which has to be called'),
+    (lambda n: sample(fast_unet, S, (1,1,4,4)), TypeError, 'not fast_unet itself: call it'),
     (lambda n: sample(n, S, (1,1,4,4), 2, generator=0), TypeError, 'torch.Generator'),
     (lambda n: init_ddpm(None), TypeError, 'model must be'),
     (lambda n: ddim_step(torch.zeros(1), torch.zeros(1), .5, .6), TypeError, 'ᾱ_t and ᾱ_s must be tensors'),
