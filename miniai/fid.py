@@ -22,7 +22,7 @@ from torch import nn
 import miniai.augment # noqa: F401 Learner.capture_preds
 from .datasets import DataLoaders
 from .dropout import Classifier
-from .learner import DeviceCB, TrainLearner, first_tensor
+from .learner import DeviceCB, Learner, TrainCB, cb_list, first_tensor
 from .schedule import check_whole
 
 # %% ../nbs/15_fid.ipynb #36ec0b9a
@@ -198,7 +198,9 @@ class ImageEval:
         _check_asked(model, dls, lo, pad)
         self.lo,self.pad,self._floors = lo,pad,{}
         clf = isinstance(model, Classifier)
-        self.learn = TrainLearner(model[:-3] if clf else model, dls, noop, cbs=DeviceCB() if cbs is None else cbs, opt_func=None)
+        cbs = [DeviceCB()] if cbs is None else cb_list(cbs)
+        if not any(isinstance(cb, TrainCB) for cb in cbs): cbs.append(TrainCB()) # MixedPrecision is one
+        self.learn = Learner(model[:-3] if clf else model, dls, noop, cbs=cbs, opt_func=None)
         seen = _Seen()
         self.feats = self._predict(_learn(seen, b) for b in dls.valid)
         if not len(self.feats): raise ValueError('dls.valid gave no batch: there is nothing to compare with')
@@ -212,7 +214,7 @@ class ImageEval:
         "Features of `batches`, by a learner of their own, so that none of the images is kept"
         if (first := next(batches, None)) is None: return torch.empty(0, 0)
         pairs = ((x, x.new_zeros(len(x))) for x in chain([first], batches))
-        learn = TrainLearner(self.learn.model, DataLoaders([], pairs), noop, cbs=self.learn.cbs, opt_func=None)
+        learn = Learner(self.learn.model, DataLoaders([], pairs), noop, cbs=self.learn.cbs, opt_func=None)
         return _rows(learn.capture_preds()[0])
 
     def _like_dls(self, batch, seen):
