@@ -7,7 +7,7 @@ and three pictures of them in which common illnesses can be told apart. `set_see
 __all__ = ['set_seed', 'Hook', 'Hooks', 'HooksCallback', 'append_stats', 'get_hist', 'get_min', 'ActivationStats']
 
 # %% ../nbs/05_activations.ipynb #960ab2e5
-import operator, os, random
+import os, random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -16,7 +16,7 @@ from fastcore.basics import noop, patch
 from torch import nn
 
 from .conv import unwrap_model
-from .datasets import get_grid, subplots
+from .datasets import check_whole, get_grid, subplots
 from .learner import Callback, first_tensor
 
 # %% ../nbs/05_activations.ipynb #67991114
@@ -31,18 +31,6 @@ def set_seed(
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32) # NumPy takes no more
-
-# %% ../nbs/05_activations.ipynb #92e7fa22
-def check_whole(
-    name: str, # of the parameter, for the message
-    n,
-    least: int=1
-) -> int:
-    "`n`, if that is a whole number, and at least `least`; else an error that names it"
-    try: n = operator.index(n)
-    except TypeError: raise TypeError(f'{name} has to be a whole number, not {n!r}') from None
-    if n < least: raise ValueError(f'{name} has to be at least {least}, not {n}')
-    return n
 
 # %% ../nbs/05_activations.ipynb #05602d49
 class Hook:

@@ -6,8 +6,7 @@ pictures, and grids and animations of samples."""
 
 # %% auto #0
 __all__ = ['DDPMCB', 'sizes_taken', 'check_sizes', 'posterior_coefs', 'pure_noise', 'predict_noise', 'ddpm_steps', 'ddpm_sample',
-           'SpaceToDepth', 'to_grid', 'save_gif', 'Schedule', 'add_noise', 'check_images', 'check_sched', 'check_whole',
-           'extract']
+           'SpaceToDepth', 'to_grid', 'save_gif', 'Schedule', 'add_noise', 'check_images', 'check_sched', 'extract']
 
 # %% ../nbs/12_ddpm.ipynb #de44a7c0
 import os
@@ -19,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .conv import mode_kept
+from .datasets import check_whole
 from .learner import TrainCB, batch_parts
-from .schedule import Schedule, add_noise, check_images, check_sched, check_whole, extract
+from .schedule import Schedule, add_noise, check_images, check_sched, extract
 
-_all_ = [Schedule, add_noise, check_images, check_sched, check_whole, extract] # importable from ddpm, too
+_all_ = [Schedule, add_noise, check_images, check_sched, extract] # importable from ddpm, too
 
 # %% ../nbs/12_ddpm.ipynb #bdd33359
 class DDPMCB(TrainCB):
@@ -133,7 +133,7 @@ def _check_asked(model, sz, generator):
         what = f'{model.__name__} itself: call it, or put it into one' if hasattr(model, '__name__') else f'a {type(model).__name__}'
         raise TypeError(f'model must be an nn.Module, (x_t, t) → prediction, not {what}')
     if not isinstance(sz, (tuple, list)) or len(sz) != 4: raise ValueError(f'sz must be (n, channels, h, w), not {sz}')
-    for name,o,least in zip(('n', 'channels', 'h', 'w'), sz, (0, 1, 1, 1)): check_whole(o, f'{name} of sz', least)
+    for name,o,least in zip(('n', 'channels', 'h', 'w'), sz, (0, 1, 1, 1)): check_whole(f'{name} of sz', o, least)
     if not isinstance(generator, torch.Generator|None):
         raise TypeError(f'generator must be a torch.Generator, not {generator!r}: torch.Generator().manual_seed(0)')
 
@@ -207,7 +207,7 @@ class SpaceToDepth(nn.Module):
 # %% ../nbs/12_ddpm.ipynb #9be2f05d
 def _check_fold(unet, r):
     if not callable(unet) or isinstance(unet, type): raise TypeError(f'unet must be a network, (x, t) → prediction, not {unet!r}')
-    check_whole(r, 'r')
+    check_whole('r', r)
     channels,_ = sizes_taken(unet)
     if channels and channels % r**2:
         raise ValueError(f'unet takes {channels} channels, but blocks of {r}×{r} pixels become {r**2} channels, or a multiple of that')
@@ -226,7 +226,7 @@ def to_grid(
 
 def _check_grid(x, nrow, scale):
     check_images(x, 'to_grid')
-    for name,o in dict(images=len(x), nrow=nrow, scale=scale).items(): check_whole(o, name)
+    for name,o in dict(images=len(x), nrow=nrow, scale=scale).items(): check_whole(name, o)
 
 # %% ../nbs/12_ddpm.ipynb #e1b44a62
 def save_gif(

@@ -20,9 +20,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from .conv import mode_kept
+from .datasets import check_whole
 from .ddpm import SpaceToDepth, check_sizes, ddpm_steps, predict_noise, pure_noise, sizes_taken
 from .learner import Callback, DeviceCB, batch_parts
-from .schedule import Schedule, add_noise, check_images, check_sched, check_whole, extract
+from .schedule import Schedule, add_noise, check_images, check_sched, extract
 
 # %% ../nbs/13_fast_ddpm.ipynb #42c2f575
 def noisify(
@@ -75,7 +76,7 @@ def strides(
     n: int # how many to take, from 1 to n_steps
 ) -> list[int]: # from n_steps-1 down
     "`n` of the steps, evenly spaced, the noisiest first"
-    for o in (n_steps, n): check_whole(o, 'the number of steps', -torch.inf)
+    for o in (n_steps, n): check_whole('the number of steps', o, -torch.inf)
     if not 1 <= n <= n_steps: raise ValueError(f'of {n_steps} steps one can take 1 to {n_steps}, not {n}')
     return [round(n_steps - i*n_steps/n)-1 for i in range(n)]
 
@@ -190,8 +191,8 @@ def fast_unet(
 def _check_unet(chans, fold, layers, in_channels):
     if not isinstance(chans, (tuple, list)) or not chans:
         raise TypeError(f'chans are the channels of each size, such as (16, 32), not {chans}')
-    for o in chans: check_whole(o, 'each of chans')
-    for name,o in dict(fold=fold, layers=layers, in_channels=in_channels).items(): check_whole(o, name)
+    for o in chans: check_whole('each of chans', o)
+    for name,o in dict(fold=fold, layers=layers, in_channels=in_channels).items(): check_whole(name, o)
 
 # %% ../nbs/13_fast_ddpm.ipynb #88a34e98
 class NoiseFromV(nn.Module):

@@ -20,10 +20,9 @@ from fastcore.basics import noop
 from torch import nn
 
 import miniai.augment # noqa: F401 Learner.capture_preds
-from .datasets import DataLoaders
+from .datasets import DataLoaders, check_whole
 from .dropout import Classifier
 from .learner import DeviceCB, Learner, TrainCB, cb_list, first_tensor
-from .schedule import check_whole
 
 # %% ../nbs/15_fid.ipynb #36ec0b9a
 def _calc_stats(
@@ -88,7 +87,7 @@ def _calc_kid(
     maxs: int=50 # rows of the smaller set in a block, at most
 ) -> float:
     "The mean of `_squared_mmd` over blocks, of at least four (KID, Binkowski et al. 2018, section 4)"
-    check_whole(maxs, 'maxs')
+    check_whole('maxs', maxs)
     n = max(math.ceil(min(len(x), len(y))/maxs), 4)
     if min(len(x), len(y)) < 2*n: raise ValueError(f'{min(len(x), len(y))} images are too few for {n} blocks of at least two')
     return sum(_squared_mmd(*o) for o in zip(x.tensor_split(n), y.tensor_split(n)))/n
@@ -296,7 +295,7 @@ def _many(feats):
 class _TooFew(ValueError): pass
 
 def _check_n(n):
-    check_whole(n, 'the number of images', -math.inf)
+    check_whole('the number of images', n, -math.inf)
     if n < 2: raise ValueError(f'the floor is that of at least two images, not {n}')
 
 def _batches(samp):
@@ -310,7 +309,7 @@ def _check_asked(model, dls, lo, pad):
         raise TypeError(f'the model must be an nn.Module that makes features (n, d) of images, not a {type(model).__name__}')
     if not hasattr(dls, 'valid'):
         raise TypeError(f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)')
-    check_whole(pad, 'pad', 0)
+    check_whole('pad', pad, 0)
 
 def _look_for_classifier(shape, black):
     if shape[-2:] == (28, 28) and black >= 0: return

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import init
 
-from .activations import Hook, check_whole
+from .activations import Hook
 from .conv import def_device, first_tensor, mode_kept, unwrap_model
+from .datasets import check_whole
 from .learner import Callback
 
 # %% ../nbs/06_init.ipynb #031dbf7f
