@@ -313,10 +313,12 @@ def _take(folder, patience):
     except (Timeout, RuntimeError): raise RuntimeError(f'{folder} is in use by another fit: wait for it, or use another folder') from None
     except OSError as e: raise OSError(e.errno, f'no checkpoint can be written into {folder}: {e.strerror}') from e
 
-def _check_folder(cb, cbs):
+def _check_alone(cb, cbs):
     if sum(isinstance(o, CheckpointCB) and o.folder.resolve() == cb.folder.resolve() for o in cbs) > 1:
         raise ValueError(f'two CheckpointCBs write into {cb.folder}: give each a folder of its own')
-    if not cb.resume and cb.folder.is_dir() and set(_kept(cb.folder)) - cb.written:
+
+def _check_own(cb):
+    if not cb.resume and set(_kept(cb.folder)) - cb.written:
         raise ValueError(f'{cb.folder} has the checkpoints of another fit: resume=True goes on with it; else choose another folder')
 
 # %% ../nbs/20_checkpoints.ipynb #ckcallba
@@ -381,8 +383,9 @@ def _begin(self:CheckpointCB, learn):
 @patch
 def _open(self:CheckpointCB, learn):
     "Take the folder, and find the newest checkpoint that can be read"
-    _check_folder(self, learn.cbs)
+    _check_alone(self, learn.cbs)
     self.lock = _take(self.folder, self.patience)
+    _check_own(self)
     path,self.damaged = _newest(self.folder) if self.resume else (None, [])
     return path
 
