@@ -7,14 +7,14 @@ and ends with the same weights as if nothing had happened"""
 __all__ = ['CheckpointCB']
 
 # %% ../nbs/20_checkpoints.ipynb #4a32af14
-import hashlib, io, json, math, os, random, re, shutil, stat, sys, warnings, zipfile
+import hashlib, inspect, io, json, math, os, random, re, shutil, stat, sys, warnings, zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -41,11 +41,14 @@ def _parts(o):
     if isinstance(o, (torch.Tensor, type, ModuleType)): return []
     if isinstance(o, (list, tuple, Mapping)): return list(o.values() if isinstance(o, Mapping) else o) if len(o) < 100 else []
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
+    if isinstance(o, FunctionType):
+        names = inspect.getclosurevars(o)
+        return [*names.nonlocals.values(), *names.globals.values()]
     attrs = [v for k,v in getattr(o, '__dict__', {}).items() if k != '_iterator'] # a DataLoader's, which comes and goes
-    return [*attrs, getattr(o, '__self__', None), *(c.cell_contents for c in getattr(o, '__closure__', None) or ())]
+    return [*attrs, getattr(o, '__self__', None)]
 
 def _held(*roots):
-    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions and closures"
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions, and what functions use"
     found,seen,todo = [],set(),[(o, 0) for o in roots]
     for o,depth in todo: # which grows meanwhile
         if id(o) in seen or depth > 9: continue
