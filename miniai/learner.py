@@ -12,7 +12,7 @@ __all__ = ['Callback', 'is_main', 'find_cbs', 'run_cbs', 'CancelFitException', '
 # %% ../nbs/04_learner.ipynb #397592ad
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from operator import attrgetter
 import copy, inspect, math, time, warnings
@@ -61,8 +61,9 @@ def _call(methods, learn):
 
 def _call_all(methods, learn):
     "`_call` of each, even if another failed or was interrupted; the error comes at the end"
-    with ExitStack() as stack:
-        for method in reversed(methods): stack.callback(_call, [method], learn)
+    if not methods: return
+    try: _call(methods[:1], learn)
+    finally: _call_all(methods[1:], learn)
 
 def _run(method_nm): return _call_all if method_nm.startswith('cleanup_') else _call
 
@@ -288,8 +289,9 @@ def _empty(training): return ('dls.train gave no batch: there is nothing to trai
 def _check_epoch(learn):
     "Once an epoch, where the device may be asked"
     if learn.iter < 0: raise ValueError(_empty(learn.training))
-    if learn.training and isinstance(learn.loss, torch.Tensor) and not learn.loss.isfinite().all():
-        warnings.warn(f'the loss is {learn.loss.mean().item()} after epoch {learn.epoch}: look for values in the data that are not finite, '
+    loss = getattr(learn, 'loss', None)
+    if learn.training and isinstance(loss, torch.Tensor) and not loss.isfinite().all():
+        warnings.warn(f'the loss is {loss.mean().item()} after epoch {learn.epoch}: look for values in the data that are not finite, '
                       'or lower the learning rate (lr_find shows how far)', stacklevel=2)
 
 # %% ../nbs/04_learner.ipynb #c3e8ced3
