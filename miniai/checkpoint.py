@@ -48,7 +48,7 @@ def _parts(o):
     return [*attrs, getattr(o, '__self__', None)]
 
 def _held(*roots):
-    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions, and what functions use"
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, and what functions use"
     found,seen,todo = [],set(),[(o, 0) for o in roots]
     for o,depth in todo: # which grows meanwhile
         if id(o) in seen or depth > 9: continue
@@ -256,7 +256,7 @@ def _length(o):
 def _check_same(path, was, now):
     "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions are worth a warning"
     def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
-    def lines(keys): return [f'{k}: {was.get(k, "nothing")[:99]} in the checkpoint, {now.get(k, "nothing")[:99]} here' for k in keys]
+    def lines(keys): return [f'{k}: {was.get(k, "nothing")[:60]} in the checkpoint, {now.get(k, "nothing")[:60]} here' for k in keys]
     if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
     differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
     if not set(differ) - {'epochs'}: return
@@ -415,7 +415,6 @@ def _go_on(self:CheckpointCB, learn):
     if found is None: learn.dl = self.dl = _Replay(learn.dl, loaders)
     else:
         mine,rest = self._restore(learn, *found),found[1]
-        learn.loss = None # if all batches were done, but the epoch was not ended, there is none
         if rest['ended']: raise CancelEpochException
         learn.dl = self.dl = _Replay(learn.dl, loaders, rest['batch'], mine['began'], mine['now'])
 
@@ -449,7 +448,8 @@ def _told(path, learn, rest, completed):
     if completed: return f'{path} is of a later fit, so this one was completed, and nothing is left to train. Restored: weights'
     where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
     if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
-    goes = 'nothing is left to train' if rest['epoch']+rest['ended'] >= learn.n_epochs else 'the fit goes on from there'
+    over = rest['ended'] or str(rest['batch']) == n
+    goes = 'nothing is left to train' if rest['epoch']+over >= learn.n_epochs else 'the fit goes on from there'
     now,had = _named(cb for cb in learn.cbs if not isinstance(cb, CheckpointCB)),rest['ranks'][0]['callbacks']
     lists = {'Restored': ['model', 'optimizer', 'random numbers', *(k for k in now if k in had)],
              'Beginning anew': [k for k,cb in now.items() if k not in had and _keeps(cb)],

@@ -158,7 +158,8 @@ def batch_sampler():
     return torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(32), generator=gen()), 8, drop_last=False)
 def augmenting():
     g = gen()
-    return TensorLoader(torch.arange(32.)[:,None], torch.ones(32, 1), bs=8, shuffle=True, x_tfm=lambda x: x + .1*torch.rand(x.shape, generator=g))
+    def noisy(x): return x + .1*torch.rand(x.shape, generator=g)
+    return TensorLoader(torch.arange(32.)[:,None], torch.ones(32, 1), bs=8, shuffle=True, x_tfm=noisy)
 
 LOADERS = {
     'its own generator': lambda: DataLoader(plain_set(), 8, shuffle=True, generator=gen()),
@@ -551,7 +552,8 @@ def fit_small(folder, n=2, data=None, cbs=None, lr=.01, opt_func=optim.Adam, ext
     torch.manual_seed(0)
     cbs = [cosine(10)] if cbs is None else cbs
     model = nn.Linear(4, 1)
-    Learner(model, small(**(data or {})), F.mse_loss, lr, [TrainCB(), *cbs, CheckpointCB(folder, resume=True), *extra], opt_func).fit(n, valid=False)
+    cbs = [TrainCB(), *cbs, CheckpointCB(folder, resume=True), *extra]
+    Learner(model, small(**(data or {})), F.mse_loss, lr, cbs, opt_func).fit(n, valid=False)
     return model.weight
 
 @pytest.mark.parametrize('match', OTHERS)
