@@ -20,6 +20,9 @@ from miniai.sgd import BatchSchedCB, EpochSchedCB, RecorderCB
 
 pytestmark = pytest.mark.filterwarnings('ignore:mixed precision is meant')
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
+
 def net():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 1))
 
