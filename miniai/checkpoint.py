@@ -233,10 +233,10 @@ def _plan(learn):
         if not isinstance(cb, BaseSchedCB): continue
         lines |= {f'{k} of {nm}': v for k,v in (dict(kind=type(cb.schedo).__name__) | cb.state_dict()).items()}
     lines |= {f'weight {k}': f'{tuple(o.shape)} {o.dtype}' for k,o in unwrap_model(learn.model).state_dict().items()}
-    return {k: _text(v) for k,v in lines.items()} | {nm: metadata.version(nm) for nm in _VERSIONS}
+    return {k: _text(v) for k,v in lines.items()} | {nm: _version(nm) for nm in _VERSIONS}
 
 _HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
-_VERSIONS = 'torch', 'numpy'
+_VERSIONS = 'miniai', 'torch', 'numpy'
 def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
 def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
 def _text(v): return re.sub(' at 0x[0-9a-f]+', '', str(v.tolist() if isinstance(v, torch.Tensor) else _plain(v)))
@@ -247,6 +247,10 @@ def _data_lines(dl, loaders):
             'items': _length(getattr(dl, 'dataset', next(iter(getattr(dl, 'tensors', ())), None))),
             'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
             'generators of the loaders': [type(g).__name__ for g in _held(*loaders)], 'processes': _place()[1]}
+
+def _version(nm):
+    try: return metadata.version(nm)
+    except metadata.PackageNotFoundError: return 'unknown' # a checkout that was not installed
 
 def _length(o):
     try: return len(o)

@@ -296,7 +296,7 @@ def test_after_a_fall_back_the_new_ones_are_kept_and_the_damaged_go(tmp_path):
     with pytest.warns(UserWarning, match='damaged'): fit(CheckpointCB(tmp_path, keep=2, every=9, resume=True), PowerCut(1))
     assert names(tmp_path) == ['step-000000007', 'step-000000008', 'step-000000010'], 'nothing was written'
     with pytest.warns(UserWarning, match='damaged'): fit(CheckpointCB(tmp_path, keep=2, every=9, resume=True), PowerCut(8))
-    assert names(tmp_path) == ['step-000000007', 'step-000000014'], 'the epoch ended'
+    assert names(tmp_path) == ['step-000000009', 'step-000000014'], 'the epoch ended'
     assert torch.equal(fit(CheckpointCB(tmp_path, resume=True)), fit())
 
 def test_all_are_damaged(tmp_path):
@@ -586,7 +586,7 @@ def test_another_version_is_a_warning(tmp_path, monkeypatch):
     fit_small(tmp_path)
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, 'version', lambda nm: '99.0' if nm == 'torch' else real(nm))
-    with pytest.warns(UserWarning, match='of other versions .torch: .* in the checkpoint, 99.0 here'): fit_small(tmp_path)
+    with pytest.warns(UserWarning, match=r"of other versions .torch: .* in the checkpoint, 99.0 here"): fit_small(tmp_path)
 
 def test_state_goes_by_kind_not_by_position(tmp_path):
     def fit_(*cbs, **kw): return fit_small(tmp_path/'c', cbs=cbs, **kw)
