@@ -7,7 +7,7 @@ and three pictures of them in which common illnesses can be told apart. `set_see
 __all__ = ['set_seed', 'Hook', 'Hooks', 'HooksCallback', 'append_stats', 'get_hist', 'get_min', 'ActivationStats']
 
 # %% ../nbs/05_activations.ipynb #960ab2e5
-import os, random
+import operator, os, random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from fastcore.basics import noop, patch
 from torch import nn
 
+from .conv import unwrap_model
 from .datasets import get_grid, subplots
 from .learner import Callback, first_tensor
 
@@ -24,21 +25,38 @@ def set_seed(
     deterministic: bool=False # refuse operations that may give another result each time? They are often the faster ones
 ) -> None:
     "Seed the random numbers of Python, NumPy and PyTorch, on all devices"
+    seed = check_whole('seed', seed, least=-2**63)
     if deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32) # NumPy takes no more
 
+# %% ../nbs/05_activations.ipynb #92e7fa22
+def check_whole(
+    name: str, # of the parameter, for the message
+    n,
+    least: int=1
+) -> int:
+    "`n`, if that is a whole number, and at least `least`; else an error that names it"
+    try: n = operator.index(n)
+    except TypeError: raise TypeError(f'{name} has to be a whole number, not {n!r}') from None
+    if n < least: raise ValueError(f'{name} has to be at least {least}, not {n}')
+    return n
+
 # %% ../nbs/05_activations.ipynb #05602d49
 class Hook:
     "Calls `f(hook, module, inputs, output)` after each forward pass of `m`, until `remove`; `f` may keep what it likes on `hook`"
     def __init__(self, m: nn.Module, f: Callable):
         if not isinstance(m, nn.Module): raise TypeError(f'a hook needs a module, not {m!r}')
+        _check_hookfunc('f', f)
         self.hook = m.register_forward_hook(partial(f, self))
     def remove(self) -> None: self.hook.remove()
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
+
+def _check_hookfunc(name, f):
+    if not callable(f): raise TypeError(f'{name} has to be a function of (hook, module, inputs, output), not {f!r}')
 
 # %% ../nbs/05_activations.ipynb #fc89458f
 class Hooks(list):
@@ -59,35 +77,70 @@ class Hooks(list):
 
 # %% ../nbs/05_activations.ipynb #e63ac37e
 class HooksCallback(Callback):
-    "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered"
+    "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered (of a resumed fit, since it went on)"
+    takes_part = False
+    _hooked,_seen,_eager = False,None,None
     def __init__(self,
         hookfunc: Callable, # (hook, module, inputs, output)
         mod_filter: Callable=noop, # module → is it to be hooked? All of them by default
         on_train: bool=True, on_valid: bool=False, # in which passes?
         mods: Iterable[nn.Module]=None # hook these instead of asking `mod_filter`
     ):
-        if isinstance(mod_filter, type):
-            nm = mod_filter.__name__
-            raise TypeError(f'mod_filter is the class {nm}, but has to be a function, such as risinstance({nm}) of fastcore')
+        _check_hooks(hookfunc, mod_filter)
         self.hookfunc,self.mod_filter,self.on_train,self.on_valid = hookfunc,mod_filter,on_train,on_valid
-        self.mods = mods if mods is None else list(mods)
+        self.mods = mods if mods is None else _modules(mods)
         self.hooks = []
 
-    def before_fit(self, learn):
-        mods = [m for m in learn.model.modules() if self.mod_filter(m)] if self.mods is None else self.mods
-        self.hooks = Hooks(mods, partial(self._hookfunc, learn))
+    def before_fit(self, learn): self._begin(learn)
+    def before_epoch(self, learn):
+        if not self._hooked: self._begin(learn) # in a subclass with a `before_fit` of its own
+    def after_loss(self, learn): self._seen = _now(learn)
+    def after_fit(self, learn): self._end()
+    def cleanup_fit(self, learn): self._end()
+
+    def _begin(self, learn):
+        self._end()
+        model = unwrap_model(learn.model)
+        mods = [m for m in model.modules() if self.mod_filter(m)] if self.mods is None else self.mods
+        self.hooks,self._hooked,self._seen = Hooks(mods, partial(self._hookfunc, learn)),True,None
         why = 'mod_filter matches no module of the model' if self.mods is None else 'mods is empty'
         if not mods: raise ValueError(f'{type(self).__name__} has nothing to watch: {why}')
-        names = {m: nm for nm,m in learn.model.named_modules()}
+        names = {m: nm.replace('_orig_mod.', '') for nm,m in model.named_modules()}
         for h,m in zip(self.hooks, mods): h.name = f'{type(m).__name__} {names.get(m, "")}'.strip()
+        self._eager = _uncompiled(learn.model)
 
     def _hookfunc(self, learn, *args):
-        if self.on_train if learn.training else self.on_valid: self.hookfunc(*args)
+        if (self.on_train if learn.training else self.on_valid) and _now(learn) != self._seen: self.hookfunc(*args)
 
-    def cleanup_fit(self, learn):
+    def _end(self):
         if isinstance(self.hooks, Hooks): self.hooks.remove()
+        if self._eager: self._eager.__exit__(None, None, None)
+        self._hooked,self._eager = False,None
     def __iter__(self) -> Iterator[Hook]: return iter(self.hooks)
     def __len__(self) -> int: return len(self.hooks)
+
+# %% ../nbs/05_activations.ipynb #bfec5e3a
+def _check_hooks(hookfunc, mod_filter):
+    _check_hookfunc('hookfunc', hookfunc)
+    if isinstance(mod_filter, type):
+        nm = mod_filter.__name__
+        raise TypeError(f'mod_filter is the class {nm}, but has to be a function, such as risinstance({nm}) of fastcore')
+    if not callable(mod_filter): raise TypeError(f'mod_filter has to be a function of a module, not {mod_filter!r}')
+
+def _modules(mods):
+    if not isinstance(mods, Iterable): raise TypeError(f'mods is {mods!r}, but has to be a list of modules')
+    for m in (mods := list(mods)):
+        if not isinstance(m, nn.Module): raise TypeError(f'a hook needs a module, but mods has {m!r} among its modules')
+    return mods
+
+def _now(learn): return learn.epoch,getattr(learn, 'iter', None),id(getattr(learn, 'dl', None))
+
+def _uncompiled(model):
+    "Where something in `model` is compiled: lets it run uncompiled, until the `__exit__` of what is returned"
+    if not any(hasattr(m, '_orig_mod') or m._compiled_call_impl for m in model.modules()): return None
+    res = torch.compiler.set_stance('force_eager')
+    res.__enter__()
+    return res
 
 # %% ../nbs/05_activations.ipynb #990d0ccb
 def _histc(x):
@@ -109,22 +162,29 @@ def append_stats(hook: Hook, mod, inp, outp) -> None:
 # %% ../nbs/05_activations.ipynb #e0a8bd23
 def get_hist(h: Hook) -> torch.Tensor: # (40, steps), on the CPU
     "The histograms that `append_stats` left, one a column, as log(1 + count)"
-    return torch.stack(h.stats[2]).t().log1p().cpu()
+    return _hists(h).t().log1p().cpu()
 
 def get_min(h: Hook) -> torch.Tensor: # (steps,), on the CPU
     "The share of activations that were nearly zero (below 0.25), at each step; not a number (NaN) where none was a number"
-    hist = torch.stack(h.stats[2])
+    hist = _hists(h)
     return (hist[:,0]/hist.sum(1)).cpu()
+
+def _hists(h):
+    if not all(getattr(h, 'stats', [[]])): raise ValueError('this hook has no statistics: append_stats has to be its function')
+    return torch.stack(h.stats[2])
 
 # %% ../nbs/05_activations.ipynb #402034f5
 class ActivationStats(HooksCallback):
     "Gathers statistics of what the modules put out while training, and draws them"
-    def __init__(self, mod_filter: Callable=noop): # module → is it to be watched?
+    def __init__(self,
+        mod_filter: Callable=noop # module → is it to be watched?
+    ):
         super().__init__(append_stats, mod_filter)
 
-    def cleanup_fit(self, learn):
-        super().cleanup_fit(learn)
-        for _,h in self._gathered(): h.stats = [list(torch.stack(s).cpu()) for s in h.stats] # the device waits once, here
+    def _end(self):
+        gathered = self._gathered() if self._hooked else []
+        super()._end()
+        for _,h in gathered: h.stats = [list(torch.stack(s).cpu()) for s in h.stats] # the device waits once, here
 
     def _gathered(self): return [(f'{i}: {h.name}', h) for i,h in enumerate(self) if all(getattr(h, 'stats', [[]]))]
     def _ran(self):

@@ -9,7 +9,7 @@ __all__ = ['Report', 'ImageEval', 'Inception']
 
 # %% ../nbs/15_fid.ipynb #d5cadb72
 import math, warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,7 +22,8 @@ from torch import nn
 import miniai.augment # noqa: F401 Learner.capture_preds
 from .datasets import DataLoaders
 from .dropout import Classifier
-from .learner import DeviceCB, TrainLearner, first_tensor
+from .learner import DeviceCB, Learner, TrainCB, cb_list, first_tensor
+from .schedule import check_whole
 
 # %% ../nbs/15_fid.ipynb #36ec0b9a
 def _calc_stats(
@@ -87,33 +88,69 @@ def _calc_kid(
     maxs: int=50 # rows of the smaller set in a block, at most
 ) -> float:
     "The mean of `_squared_mmd` over blocks, of at least four (KID, Binkowski et al. 2018, section 4)"
+    check_whole(maxs, 'maxs')
     n = max(math.ceil(min(len(x), len(y))/maxs), 4)
     if min(len(x), len(y)) < 2*n: raise ValueError(f'{min(len(x), len(y))} images are too few for {n} blocks of at least two')
     return sum(_squared_mmd(*o) for o in zip(x.tensor_split(n), y.tensor_split(n)))/n
 
 # %% ../nbs/15_fid.ipynb #e66d5f25
-def _whole(v): return float(round(v)) if abs(v-round(v)) < .02 else v # a batch may just miss white
+_RANGES = (0., 1.), (-.5, .5), (-1., 1.) # of images, from black to white
 
-def _check_batch(x):
-    if isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point():
-        if len(x): return
-        raise ValueError('there are no samples')
-    what = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, torch.Tensor) else type(x).__name__
-    raise TypeError('samples are images in floating point, (n, channels, h, w), or an iterable of such batches, '
-                    f'not {what} (see torch.from_numpy, torch.stack)')
+class _Seen:
+    "What images are like: learnt from all batches that were `add`ed"
+    def __init__(self, lo=-math.inf, hi=math.inf): # black and white, as they were said to be
+        self.said,self.slack = (lo, hi),(hi-lo)/4
+        self.shapes,self.n,self.far = [],0,0 # of each image, how many, and how many go far beyond black or white
+        self.min,self.max,self.whole = math.inf,-math.inf,True # all of them whole numbers?
 
-def _check_shape(x, shape, pad):
-    if tuple(x.shape[1:]) == shape: return
+    def add(self, x):
+        if tuple(x.shape[1:]) not in self.shapes: self.shapes.append(tuple(x.shape[1:]))
+        lo,hi = x.flatten(1).aminmax(dim=1)
+        self.n += len(x)
+        self.far += ((lo < self.said[0]-self.slack) | (hi > self.said[1]+self.slack)).sum().item()
+        self.min,self.max = min(self.min, lo.min().item()),max(self.max, hi.max().item())
+        self.whole = self.whole and torch.equal(x, x.round())
+        return x
+
+    def range(self): # a set may just miss black or white, or lie within them
+        return next(((a,b) for a,b in _RANGES if a-.02 <= self.min and self.max <= b+.02), (self.min, self.max))
+
+# %% ../nbs/15_fid.ipynb #c7d1e0a4
+def _check_batch(batch, what='samples'):
+    "The images of a batch, which may be a tensor, or have them first among others"
+    x = first_tensor(batch)
+    if x is not None and x.ndim == 4 and x.is_floating_point():
+        if len(x): return x
+        raise ValueError(f'there are no {what}')
+    got = type(batch).__name__ if x is None else f'{x.dtype} {tuple(x.shape)}'
+    raise TypeError(f'{what} are images in floating point, (n, channels, h, w), or an iterable of such batches, '
+                    f'not {got} (see torch.from_numpy, torch.stack)')
+
+def _learn(seen, batch):
+    "The images of a batch of dls.valid, which are all alike"
+    x = seen.add(_check_batch(batch, 'the images of dls.valid'))
+    if len(seen.shapes) > 1: raise ValueError(f'the images of dls.valid are of several shapes: {seen.shapes[0]} and {seen.shapes[1]}')
+    return x
+
+def _fit_shape(x, shape, pad):
+    "Images of `shape`; grey ones get more channels, where the others have them"
+    if x.shape[1] == 1 and x.shape[2:] == shape[1:]: return x.expand(-1, shape[0], -1, -1)
+    if x.shape[1:] == shape: return x
     inside = f' without {pad} pixels at each side' if pad else ''
     raise ValueError(f'the samples are {tuple(x.shape[1:])}{inside}, the images in dls {shape}: '
                      'ImageEval(…, pad=2) cuts 2 pixels off at each side, of samples of 32×32 for images of 28×28')
 
-def _check_range(x, lo, hi):
-    "Images that are said to run from `lo` to `hi` do so, nearly"
-    a,b,slack = x.min().item(),x.max().item(),(hi-lo)/4
-    if lo-slack <= a <= lo+slack and b <= hi+slack: return
-    raise ValueError(f'the samples are not what they were said to be: they run from {a:.2f} to {b:.2f}, not from {lo:g} to {hi:g}. '
-                     'Say which value is black in them, ImageEval(…, lo=0) or lo=-1; whole numbers up to 255 are to be divided by 255')
+def _check_range(seen):
+    "An error if samples cannot be what they were said to be; a warning if some are far from it"
+    (lo,hi),a,b = seen.said,seen.min,seen.max
+    as_bytes = a > -.1 and b > hi+seen.slack and (seen.whole or 50 < b < 256)
+    above = a > -.1 and lo+seen.slack < 0 and b < 1.25 and b-a > .5 # nothing below 0 in any of them
+    run = f'run from {a:.2f} to {b:.2f}, not from {lo:g} to {hi:g}'
+    say = 'Say which value is black in them, ImageEval(…, lo=0) or lo=-1'
+    if as_bytes: raise ValueError(f'the samples {run}: whole numbers up to 255 are to be divided by 255')
+    if above: raise ValueError(f'the samples are not what they were said to be: they {run}. {say}')
+    if seen.far: warnings.warn(f'{seen.far:,} of {seen.n:,} samples go far beyond black and white: they {run}. '
+                               f'What is beyond is cut off. {say}, if that is why', stacklevel=4)
 
 def _check_finite(x, what):
     bad = (~x.flatten(1).isfinite()).any(1).sum().item()
@@ -124,7 +161,7 @@ def _check_finite(x, what):
 class Report:
     "What `ImageEval` says about samples; `print` shows it in one line"
     fid: float
-    floor: float # FID of as many training images
+    floor: float # FID of as many training images; NaN, if there are fewer
     kid: float
     kid_se: float # its standard error
     n: int # samples
@@ -133,7 +170,8 @@ class Report:
     sampler: str # where they came from
     def __str__(self) -> str:
         times = self.fid/self.floor if self.floor else math.inf
-        fid = f'FID {self.fid:.1f} ({times:.1f} × the floor of {self.floor:.2f})'
+        fid = f'FID {self.fid:.1f} ' + ('(too few training images for a floor)' if math.isnan(times) else
+                                        f'({times:.1f} × the floor of {self.floor:.2f})')
         kid = f'KID {self.kid:.4f} ± {self.kid_se:.4f}'
         said = f'{fid}, {kid}',f'n={self.n:,}',self.extractor,f'against {self.reference}',self.sampler
         return ' | '.join(filter(None, said))
@@ -154,41 +192,46 @@ class ImageEval:
         model: nn.Module, # images as in `dls` → features (n, d); of a `Classifier`, what comes before its last layers
         dls: DataLoaders, # `valid` to compare with, `train` for the floor
         cbs=None, # callbacks to predict with; `DeviceCB()` if `None`
-        lo: float=None, # black in the samples, where white is 1: 0 or -1; `None`: they are as in `dls`
+        lo: float=None, # black in the samples: 0 or -1, where white is 1, or -.5, where it is .5; `None`: they are as in `dls`
         pad: int=0 # pixels at each side of the samples that `dls` does not have; they are cut off
     ):
-        _check_asked(model, lo)
+        _check_asked(model, dls, lo, pad)
         self.lo,self.pad,self._floors = lo,pad,{}
         clf = isinstance(model, Classifier)
-        self.learn = TrainLearner(model[:-3] if clf else model, dls, noop, cbs=DeviceCB() if cbs is None else cbs, opt_func=None)
-        ims = first_tensor(next(iter(dls.valid)))
-        self.shape,self.range = tuple(ims.shape[1:]),tuple(_whole(o.item()) for o in (ims.min(), ims.max()))
-        if clf: _check_for_classifier(self.shape, self.range[0])
-        self.feats = self._predict(dls.valid)
+        cbs = [DeviceCB()] if cbs is None else cb_list(cbs)
+        if not any(isinstance(cb, TrainCB) for cb in cbs): cbs.append(TrainCB()) # MixedPrecision is one
+        self.learn = Learner(model[:-3] if clf else model, dls, noop, cbs=cbs, opt_func=None)
+        seen = _Seen()
+        self.feats = self._predict(_learn(seen, b) for b in dls.valid)
+        if not len(self.feats): raise ValueError('dls.valid gave no batch: there is nothing to compare with')
+        self.shape,self.range = seen.shapes[0],seen.range()
+        self.said = self.range if lo is None else (float(lo), .5 if lo == -.5 else 1.)
+        if clf: _look_for_classifier(self.shape, self.range[0])
         self.extractor = f'{type(model).__name__}, {self.feats.shape[1]} features'
         self.stats = _calc_stats(self.feats)
 
     def _predict(self, batches):
         "Features of `batches`, by a learner of their own, so that none of the images is kept"
-        pairs = ((x, x.new_zeros(len(x))) for x in map(first_tensor, batches))
-        learn = TrainLearner(self.learn.model, DataLoaders([], pairs), noop, cbs=self.learn.cbs, opt_func=None)
+        if (first := next(batches, None)) is None: return torch.empty(0, 0)
+        pairs = ((x, x.new_zeros(len(x))) for x in chain([first], batches))
+        learn = Learner(self.learn.model, DataLoaders([], pairs), noop, cbs=self.learn.cbs, opt_func=None)
         return _rows(learn.capture_preds()[0])
 
-    def _like_dls(self, x):
+    def _like_dls(self, batch, seen):
         "Samples as the images in `dls` are: without a border, from the same black to the same white"
-        _check_batch(x)
-        x,said = _inner(x, self.pad),self.range if self.lo is None else (self.lo, 1.)
-        _check_shape(x, self.shape, self.pad); _check_finite(x, 'samples'); _check_range(x, *said)
-        return _rescale(x.float(), said, self.range)
+        x = _fit_shape(_inner(_check_batch(batch), self.pad), self.shape, self.pad)
+        _check_finite(x, 'samples')
+        return _rescale(seen.add(x.float()), self.said, self.range)
 
     def get_feats(self,
-        samp: torch.Tensor|Iterable # (n, c, h, w), or batches of them; a little beyond black and white is cut off
+        samp: torch.Tensor|Iterable # (n, c, h, w), or batches of them; what is beyond black and white is cut off
     ) -> torch.Tensor: # (n, d), on the CPU
-        "Features of samples; errors: shape, range or type do not fit, or something is not finite"
-        batches = iter([samp] if isinstance(samp, torch.Tensor) else samp)
-        first = next(batches, None)
-        if first is None: raise ValueError('there are no samples')
-        return self._predict(o for x in chain([first], batches) for o in self._like_dls(x).split(500))
+        "Features of samples; errors: shape or type do not fit, the range cannot be right, or something is not finite"
+        seen = _Seen(*self.said)
+        feats = self._predict(o for b in _batches(samp) for o in self._like_dls(b, seen).split(500))
+        if not len(feats): raise ValueError('there are no samples')
+        _check_range(seen)
+        return feats
 
     def _fid(self, feats): return _calc_fid(*self.stats, *_calc_stats(feats))
     def fid(self, samp: torch.Tensor|Iterable) -> float:
@@ -206,12 +249,12 @@ class ImageEval:
         n: int # how many
     ) -> float:
         "`fid` of `n` images of `dls.train`, always the same ones"
-        if n < 2: raise ValueError(f'the floor is that of at least two images, not {n}')
+        _check_n(n)
         if n not in self._floors:
             with torch.random.fork_rng(): # the loader may shuffle
                 torch.manual_seed(0)
                 feats = self._predict(_first(self.learn.dls.train, n))
-            if len(feats) < n: raise ValueError(f'dls.train has only {len(feats):,} images, too few for the floor of {n:,} samples')
+            if len(feats) < n: raise _TooFew(f'dls.train has only {len(feats):,} images, too few for the floor of {n:,} samples')
             self._floors[n] = self._fid(feats)
         return self._floors[n]
 
@@ -221,13 +264,17 @@ class ImageEval:
     ) -> Report:
         "FID with its floor, KID with its standard error, and what they were measured with"
         feats = _many(self.get_feats(samp))
-        return Report(self._fid(feats), self.floor(len(feats)), *self._kid(feats), len(feats), self.extractor,
+        try: floor = self.floor(len(feats))
+        except _TooFew: floor = math.nan
+        return Report(self._fid(feats), floor, *self._kid(feats), len(feats), self.extractor,
                       f'{len(self.feats):,} images of dls.valid', sampler)
 
+# %% ../nbs/15_fid.ipynb #c7d1e0a6
 def _first(dl, n):
     "Batches of the first `n` images"
-    for x in map(first_tensor, dl):
+    for b in dl:
         if n <= 0: return
+        x = _check_batch(b, 'the images of dls.train')
         yield x[:n]
         n -= len(x)
 
@@ -240,21 +287,36 @@ def _rows(feats):
     return feats
 
 def _many(feats):
+    if len(feats) < 2: raise ValueError(f'FID and KID are those of at least two images, not {len(feats)}')
     if len(feats) < 1000:
         warnings.warn(f'{len(feats)} samples are few: FID rises as they get fewer, so compare it only at the same number; '
                       'use 1,000 or more', stacklevel=3)
     return feats
 
-def _check_asked(model, lo):
-    if lo not in (None, 0, -1):
-        raise ValueError(f'lo is the value of black in the samples, 0 or -1 (or None, if they are as in dls), not {lo}')
+class _TooFew(ValueError): pass
+
+def _check_n(n):
+    check_whole(n, 'the number of images', -math.inf)
+    if n < 2: raise ValueError(f'the floor is that of at least two images, not {n}')
+
+def _batches(samp):
+    if isinstance(samp, Iterable) and not isinstance(samp, (torch.Tensor, Mapping)): return iter(samp)
+    return iter([samp])
+
+def _check_asked(model, dls, lo, pad):
+    if lo not in (None, 0, -1, -.5):
+        raise ValueError(f'lo is the value of black in the samples, 0, -1 or -.5 (or None, if they are as in dls), not {lo}')
     if not isinstance(model, nn.Module):
         raise TypeError(f'the model must be an nn.Module that makes features (n, d) of images, not a {type(model).__name__}')
+    if not hasattr(dls, 'valid'):
+        raise TypeError(f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)')
+    check_whole(pad, 'pad', 0)
 
-def _check_for_classifier(shape, black):
+def _look_for_classifier(shape, black):
     if shape[-2:] == (28, 28) and black >= 0: return
-    raise ValueError(f'a Classifier learnt from images of 28×28, from 0 to 1, but those in dls are {shape}, from {black:g}: '
-                     'make dls with in_memory(dd, bs), and say with lo and pad how the samples are')
+    warnings.warn(f'the classifiers of miniai learnt from images of 28×28, from 0 to 1, but those in dls are {shape}, '
+                  f'from {black:g}: unless this one learnt from such images, make dls with in_memory(dd, bs), '
+                  'and say with lo and pad how the samples are', stacklevel=3)
 
 # %% ../nbs/15_fid.ipynb #33b97ea5
 class Inception(nn.Module):

@@ -9,15 +9,15 @@ __all__ = ['init_weights', 'BatchTransformCB', 'plot_func', 'GeneralRelu', 'conv
 
 # %% ../nbs/06_init.ipynb #760eb5b3
 import gc, sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib.pyplot as plt, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import init
 
-from .activations import Hook
-from .conv import def_device, mode_kept
+from .activations import Hook, check_whole
+from .conv import def_device, first_tensor, mode_kept, unwrap_model
 from .learner import Callback
 
 # %% ../nbs/06_init.ipynb #031dbf7f
@@ -34,13 +34,21 @@ class BatchTransformCB(Callback):
     def __init__(self,
         tfm: Callable, # batch → batch
         on_train: bool=True, on_val: bool=True # in which passes?
-    ): self.tfm,self.on_train,self.on_val = tfm,on_train,on_val
+    ):
+        _check_tfm(tfm)
+        self.tfm,self.on_train,self.on_val = tfm,on_train,on_val
 
     def before_batch(self, learn):
-        if not (self.on_train if learn.training else self.on_val): return
-        learn.batch = self.tfm(learn.batch)
-        if learn.batch is None or isinstance(learn.batch, torch.Tensor):
-            raise ValueError(f'the tfm of BatchTransformCB returned a {type(learn.batch).__name__}: it has to return the whole batch')
+        if self.on_train if learn.training else self.on_val: learn.batch = _check_batch(self.tfm(learn.batch))
+
+def _check_tfm(tfm):
+    if isinstance(tfm, type) and issubclass(tfm, nn.Module): raise TypeError(f'tfm is the class {tfm.__name__}: write {tfm.__name__}()')
+    if not callable(tfm): raise TypeError(f'tfm has to be a function of a batch, not {tfm!r}')
+
+def _check_batch(b):
+    if b is None or isinstance(b, (str, int, float, nn.Module)):
+        raise ValueError(f'the tfm of BatchTransformCB returned {b!r}: it has to return the whole batch')
+    return b
 
 # %% ../nbs/06_init.ipynb #ae1536e4
 def plot_func(
@@ -48,7 +56,7 @@ def plot_func(
     start: float=-5., end: float=5., steps: int=100
 ) -> None:
     "Plot `f` from `start` to `end`"
-    x = torch.linspace(start, end, steps)
+    x = torch.linspace(start, end, check_whole('steps', steps, least=2))
     plt.plot(x, f(x).detach())
     plt.grid(True)
     plt.axhline(0, color='black', linewidth=.7)
@@ -82,6 +90,7 @@ def conv(
     "A convolution with normalisation and activation after it"
     for k,v in dict(act=act, norm=norm).items():
         if v is True or isinstance(v, nn.Module): raise TypeError(f'{k} is {v}, but has to be a class or function that makes one, or None')
+    for k,v in dict(ni=ni, nf=nf).items(): check_whole(k, v)
     if bias is None: bias = getattr(norm, 'func', norm) not in _BATCHNORMS
     layers = [nn.Conv2d(ni, nf, stride=stride, kernel_size=ks, padding=ks//2, bias=bias)]
     if norm: layers.append(norm(nf))
@@ -95,12 +104,25 @@ def get_model(
     norm: Callable=None # channels → normalisation
 ) -> nn.Sequential: # (n, nfs[0], h, w) → (n, 10) for h, w up to 2^len(nfs), on `def_device`
     "A classifier of `conv`s with stride 2"
-    nfs = list(nfs or (1, 8, 16, 32, 64))
+    nfs = [1, 8, 16, 32, 64] if nfs is None else check_channels(nfs)
     layers = [conv(ni, nf, act=act, norm=norm) for ni,nf in zip(nfs, nfs[1:])]
     return nn.Sequential(*layers, conv(nfs[-1], 10, act=None), nn.Flatten()).to(def_device)
 
+# %% ../nbs/06_init.ipynb #e8e57a14
+def check_channels(
+    nfs: Sequence[int], # channels from layer to layer
+    least: int=1 # how many numbers there have to be
+) -> list[int]:
+    "`nfs` as a list, if they are whole numbers, above 0 and enough of them; else an error"
+    if isinstance(nfs, str) or not isinstance(nfs, Iterable): raise TypeError(f'nfs has to be a list of numbers of channels, not {nfs!r}')
+    nfs = [check_whole('each number in nfs', nf) for nf in nfs]
+    if len(nfs) < least: raise ValueError(f'nfs needs at least {least} number{"s"[:least-1]} of channels, not {nfs}')
+    return nfs
+
 # %% ../nbs/06_init.ipynb #55278097
-def _lsuv_stats(hook, mod, inp, outp): hook.mean,hook.std = outp.mean().item(),outp.std().item()
+def _lsuv_stats(hook, mod, inp, outp):
+    acts = first_tensor(outp)
+    hook.mean,hook.std = acts.mean().item(),acts.std().item()
 
 # %% ../nbs/06_init.ipynb #5c6f076f
 @torch.no_grad()
@@ -113,7 +135,8 @@ def lsuv_init(
     tol: float=1e-3 # how near mean and standard deviation have to come
 ) -> None:
     "Layer-sequential unit-variance initialisation (Mishkin & Matas 2016) of one layer; a `ValueError` names it if it does not converge"
-    name = _check_lsuv(model, m, m_in)
+    model = unwrap_model(model)
+    name = _check_lsuv(model, m, m_in, max_iter)
     was = [p.clone() for p in (m_in.weight, m_in.bias)]
     with mode_kept(model), Hook(m, _lsuv_stats) as h:
         model.eval()
@@ -128,8 +151,9 @@ def lsuv_init(
     raise ValueError(_no_lsuv(name, h))
 
 # %% ../nbs/06_init.ipynb #e47b02d6
-def _check_lsuv(model, m, m_in):
+def _check_lsuv(model, m, m_in, max_iter):
     "What messages call `m`; an error if there is nothing to be done with `m` and `m_in`"
+    check_whole('max_iter', max_iter)
     name = next((nm for nm,o in model.named_modules() if o is m), None)
     if name is None: raise ValueError(f'm is not a part of the model: {m}')
     if getattr(m_in, 'bias', None) is None:
