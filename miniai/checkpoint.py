@@ -383,7 +383,7 @@ def _begin(self:CheckpointCB, learn):
     if rest['fits'] < self.fits: return # of the fit that this object has seen to its end: here begins another one
     completed,self.steps = rest['fits'] > self.fits,rest['steps']
     if not completed: _check_same(path, rest['plan'], self.plan)
-    if is_main(): print(_told(path, learn, rest, completed))
+    if is_main(): print(_told(path, learn, rest, self.fits))
     self.start,self.found = (math.inf, None) if completed else (rest['epoch'], (weights, rest))
     if self.start >= learn.n_epochs: self._restore(learn, weights, rest, completed)
 
@@ -447,9 +447,10 @@ def _put_down(self:CheckpointCB, weights, rest):
     self.damaged = []
 
 # %% ../nbs/20_checkpoints.ipynb #cktoldxx
-def _told(path, learn, rest, completed):
+def _told(path, learn, rest, fits):
     "One line: from where, with what, and without what"
-    if completed: return f'{path} is of a later fit, so this one was completed, and nothing is left to train. Restored: weights'
+    if rest['fits'] > fits:
+        return f'{path} is of fit {rest["fits"]+1}, so this fit {fits+1} was completed, and nothing is left to train. Restored: weights'
     where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
     if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
     over = rest['ended'] or str(rest['batch']) == n

@@ -478,7 +478,7 @@ def test_a_script_with_two_fits_that_is_run_again(tmp_path, cut, capsys):
     resumed,seen = two_fits(tmp_path/'cut')
     assert torch.equal(resumed, whole), seen
     said = capsys.readouterr().out
-    assert ('this one was completed' in said) == (cut > 15)
+    assert ('is of fit 2, so this fit 1 was completed' in said) == (cut > 15)
     assert torch.equal(two_fits(tmp_path/'cut')[0], whole)
 
 def test_a_model_that_is_changed_between_two_fits(tmp_path):
