@@ -7,141 +7,458 @@ and ends with the same weights as if nothing had happened"""
 __all__ = ['CheckpointCB']
 
 # %% ../nbs/20_checkpoints.ipynb #4a32af14
-import hashlib, json, random, shutil, warnings
+import hashlib, inspect, io, json, math, os, random, re, shutil, stat, sys, warnings, zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import numpy as np, torch
-from safetensors.torch import load_file, save_file
+from fastcore.basics import patch
+from filelock import FileLock, Timeout
+from safetensors.torch import load, save
 
 from .conv import unwrap_model
-from .learner import Callback, CancelEpochException, is_main
+from .learner import Callback, CancelEpochException, TrainCB, WrappedDL, is_main
+from .sgd import BaseSchedCB
 
 # %% ../nbs/20_checkpoints.ipynb #d8494889
-def _random_state():
-    name,keys,*rest = np.random.get_state()
-    res = dict(python=random.getstate(), numpy=[name, keys.astype(int).tolist(), *rest], torch=torch.get_rng_state())
-    return res | (dict(cuda=torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else {})
+_GENERATORS = { # how the state of each kind is read, and put back
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (lambda g: g.get_state(legacy=False), np.random.RandomState.set_state),
+    np.random.Generator: (lambda g: g.bit_generator.state, lambda g,state: setattr(g.bit_generator, 'state', state)),
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state)}
 
-def _set_random_state(state):
-    random.setstate(state['python'])
-    np.random.set_state((state['numpy'][0], np.array(state['numpy'][1], dtype=np.uint32), *state['numpy'][2:]))
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state: torch.cuda.set_rng_state_all(state['cuda'])
+def _kind(g): return next((k for k in _GENERATORS if isinstance(g, k)), None)
+def _get(g): return _GENERATORS[_kind(g)][0](g)
+def _set(g, state): _GENERATORS[_kind(g)][1](g, state)
+
+# %% ../nbs/20_checkpoints.ipynb #ckheldxx
+def _parts(o):
+    if isinstance(o, (torch.Tensor, type, ModuleType)): return []
+    if isinstance(o, (list, tuple, Mapping)): return list(o.values() if isinstance(o, Mapping) else o) if len(o) < 100 else []
+    if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
+    if isinstance(o, FunctionType):
+        names = inspect.getclosurevars(o)
+        return [*names.nonlocals.values(), *names.globals.values()]
+    attrs = [v for k,v in getattr(o, '__dict__', {}).items() if k != '_iterator'] # a DataLoader's, which comes and goes
+    return [*attrs, getattr(o, '__self__', None)]
+
+def _held(*roots):
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, and what functions use"
+    found,seen,todo = [],set(),[(o, 0) for o in roots]
+    for o,depth in todo: # which grows meanwhile
+        if id(o) in seen or depth > 9: continue
+        seen.add(id(o))
+        if _kind(o): found.append(o)
+        else: todo += [(part, depth+1) for part in _parts(o)]
+    return found
+
+# %% ../nbs/20_checkpoints.ipynb #ckrandom
+def _all(loaders):
+    mine = random.getstate.__self__,np.random.get_state.__self__,torch.default_generator
+    return [*mine, *_held(*loaders), *torch.cuda.default_generators]
+
+def _inner(dl): return _inner(dl.dl) if isinstance(dl, WrappedDL) else dl
+def _working(dl): return getattr(dl, '_iterator', None) is not None # are there persistent workers, at work?
+
+def _random_state(*loaders):
+    "The state of every generator of random numbers: the global ones, and those that the loaders hold"
+    return dict(states=[_get(g) for g in _all(loaders)], working=[_working(dl) for dl in loaders])
+
+def _set_random_state(state, *loaders):
+    for dl,working in zip(map(_inner, loaders), state['working']): # new workers draw a seed, those that are at work do not
+        if working and not _working(dl): iter(dl)
+        if _working(dl) and not working: dl._iterator = None
+    for g,s in zip(_all(loaders), state['states']): _set(g, s)
 
 # %% ../nbs/20_checkpoints.ipynb #724eca90
-class _Replay:
-    "`dl` from batch `skipped` on, in the order that it had; `began` is the random state from which that order was drawn"
-    def __init__(self, dl, skipped=0, began=None, now=None): self.dl,self.skipped,self.began,self.now = dl,skipped,began,now
-    def __len__(self): return len(self.dl)
+class _Replay(WrappedDL):
+    "`dl` from batch `skipped` on, in the order that was drawn from the random state `began`; after it, `now` is put back"
+    def __init__(self, dl, loaders, skipped=0, began=None, now=None):
+        super().__init__(dl)
+        self.loaders,self.skipped,self.began,self.now = loaders,skipped,began,now
     def __iter__(self):
-        if self.skipped: _set_random_state(self.began)
-        else: self.began = _random_state()
+        if not self.skipped: self.began = _random_state(*self.loaders)
+        else: _set_random_state(self.began, *self.loaders)
         it = iter(self.dl)
-        for _ in range(self.skipped): next(it)
-        if self.skipped: _set_random_state(self.now)
+        if self.skipped: self._skip(it)
         yield from it
+    def _skip(self, it):
+        n = sum(1 for _ in islice(it, self.skipped))
+        if n < self.skipped: raise ValueError(f'{self.skipped} batches of this epoch were done, but now dls.train has only {n}')
+        _set_random_state(self.now, *self.loaders)
 
 # %% ../nbs/20_checkpoints.ipynb #d443b30a
-def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+def _plain(x):
+    "Tensors on the CPU, and what is NumPy's as Python's, in lists, tuples and dicts"
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x # a part would be written with the whole
+    if isinstance(x, (np.generic, np.ndarray)): return x.tolist()
+    if isinstance(x, Mapping):
+        return (type(x) if type(x) in (OrderedDict, Counter) else dict)({_plain(k): _plain(v) for k,v in x.items()})
+    return type(x)(map(_plain, x)) if type(x) in (list, tuple) else x
 
-def _write(folder, name, weights, rest):
-    tmp = folder/'.unfinished'
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for k,w in weights.items(): save_file({n: o.detach().cpu().contiguous().clone() for n,o in w.items()}, tmp/f'{k}.safetensors')
-    torch.save(rest, tmp/'rest.pt')
-    (tmp/'checksums.json').write_text(json.dumps({p.name: _sha256(p) for p in tmp.iterdir()}, indent=1))
-    tmp.rename(folder/name)
+def _pack(state):
+    torch.save(_plain(state), file := io.BytesIO())
+    return file.getvalue()
+
+def _unpack(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        if sum(o.file_size for o in z.infolist()) > len(data): raise ValueError('rest.pt would grow when it is unpacked')
+    return torch.load(io.BytesIO(data), weights_only=True, map_location='cpu')
+
+# %% ../nbs/20_checkpoints.ipynb #ckreadxx
+class _Damaged(ValueError): pass
+
+def _bytes(path, size=10**6):
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode) or info.st_size > size: raise ValueError(f'{path.name} is not a file of at most {size} bytes')
+    return path.read_bytes()
+
+def _contents(path):
+    "The files of a checkpoint by name: exactly those of its checksums.json. Sizes are looked at before anything is read"
+    found = {p.name: p for p in path.iterdir() if not p.name.startswith('.')}
+    if no := {'model.safetensors', 'rest.pt', 'checksums.json'} - found.keys(): raise ValueError(f'it has no {" and no ".join(no)}')
+    sums = json.loads(_bytes(found.pop('checksums.json')))
+    _check_version(path, sums)
+    if odd := [nm for nm in sums | found if nm not in sums or nm not in found or found[nm].lstat().st_size != sums[nm]['size']]:
+        raise ValueError(f'{odd[0]} is missing, strange or not of the size that it had')
+    files = {nm: _bytes(p, sums[nm]['size']) for nm,p in found.items()}
+    for nm,data in files.items():
+        if _sha256(data) != sums[nm]['sha256']: raise ValueError(f'{nm} is not as it was written')
+    return files
+
+def _sha256(data): return hashlib.sha256(data).hexdigest()
 
 def _read(path):
-    sums = json.loads((path/'checksums.json').read_text())
-    for nm,s in sums.items():
-        if _sha256(path/nm) != s: raise ValueError(f'{path/nm} is not as it was written')
-    return {p.stem: load_file(p) for p in path.glob('*.safetensors')}, torch.load(path/'rest.pt', weights_only=True)
+    "The weights of a checkpoint by name, and the rest"
+    try:
+        files = _contents(path)
+        rest = _unpack(files.pop('rest.pt'))
+        return {nm.removesuffix('.safetensors'): load(data) for nm,data in files.items()},rest
+    except (OSError, NotImplementedError): raise # a file that may not be read is not damaged
+    except Exception as e: raise _Damaged(f'{path} is damaged: {e}') from e
+
+def _check_version(path, sums):
+    if any(isinstance(o, str) for o in sums.values()):
+        raise NotImplementedError(f'{path} was written by an earlier version of miniai, in a form that this one does not read: '
+                                  'finish that fit with it, or begin anew in another folder')
+
+# %% ../nbs/20_checkpoints.ipynb #ckwritex
+def _sync(path, flags=os.O_RDONLY):
+    "Have the disk keep a file, or the names in a folder (where the system can)"
+    if os.name != 'posix': return
+    fd = os.open(path, flags)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def _write(path, weights, rest):
+    "A checkpoint, at `path` wholly or not at all: written elsewhere, synced, read back, and only then given its name"
+    files = {f'{k}.safetensors': save({n: o.detach().cpu().contiguous().clone() for n,o in w.items()}) for k,w in weights.items()}
+    files['rest.pt'] = _pack(rest)
+    sums = {nm: dict(size=len(data), sha256=_sha256(data)) for nm,data in files.items()}
+    tmp = path.with_name('.unfinished')
+    try:
+        tmp.mkdir()
+        for nm,data in (files | {'checksums.json': json.dumps(sums, indent=1).encode()}).items():
+            (tmp/nm).write_bytes(data)
+            _sync(tmp/nm)
+        _sync(tmp)
+        _read(tmp)
+        tmp.rename(path)
+        _sync(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, f'{path} could not be written ({e.strerror}): nothing unfinished is left, and older ones stand') from e
+    except _Damaged as e: raise TypeError(f'the checkpoint {path} could not be read back, and was not kept: {e}') from e
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/20_checkpoints.ipynb #cklistxx
+def _number(path):
+    "Step and turn of a checkpoint by its name, `None` for a stranger"
+    m = re.fullmatch('step-([0-9]{9,})(?:-([0-9]+))?', path.name)
+    return m and (int(m[1]), int(m[2] or 0))
+
+def _kept(folder):
+    "The checkpoints in `folder`, oldest first; anything else is left alone"
+    return sorted((p for p in folder.iterdir() if _number(p) and not p.is_symlink() and p.is_dir()), key=_number)
+
+def _free(folder, step):
+    "A name for a checkpoint of this step: a second one gets the next turn"
+    turns = [n[1] for p in folder.iterdir() if (n := _number(p)) and n[0] == step]
+    return folder/(f'step-{step:09d}' + (f'-{max(turns)+1}' if turns else ''))
+
+# %% ../nbs/20_checkpoints.ipynb #ckprunex
+def _newest(folder):
+    "The newest checkpoint that can be read, or `None`, and those after it, which cannot"
+    damaged = []
+    for path in reversed(_kept(folder)):
+        try: _read(path)
+        except _Damaged as e: damaged.append(path); warnings.warn(f'{e}: taking the one before it')
+        else: return path,damaged
+    return None,damaged
+
+def _prune(new, keep, damaged=()):
+    "Remove what `new`, which is written, takes the place of: what is damaged, another one of its step, and all but the last `keep`"
+    old = [p for p in _kept(new.parent) if p != new]
+    good = [p for p in old if p not in damaged and _number(p)[0] != _number(new)[0]]
+    for p in set(old) - set(good[max(0, len(good)+1-keep):]):
+        p.rename(gone := new.with_name('.unfinished')) # at once, so that there is never half a checkpoint
+        shutil.rmtree(gone)
 
 # %% ../nbs/20_checkpoints.ipynb #56e6e404
-_START = dict(epoch=0, batch=0, ended=False, began=None, now=None) # where a fit is that has done nothing
+def _named(cbs):
+    "Callbacks by kind: EMACB, and a second one EMACB-2"
+    count,res = Counter(),{}
+    for cb in cbs:
+        count[nm := type(cb).__name__] += 1
+        res[nm if count[nm] == 1 else f'{nm}-{count[nm]}'] = cb
+    return res
 
+def _stateful(cbs):
+    return {k: cb for k,cb in _named(cbs).items() if hasattr(cb, 'load_state_dict') and (is_main() or not getattr(cb, 'main_only', False))}
+
+def _plan(learn):
+    "What a fit is made of, line by line"
+    opt,cbs = getattr(learn.opt, 'optimizer', learn.opt),_stateful(learn.cbs) # accelerate has the optimizer inside
+    lines = {'epochs': learn.n_epochs} | _data_lines(learn.dl, _loaders(learn))
+    lines |= {'optimizer': type(opt).__name__, 'callbacks': sorted(k for k,cb in cbs.items() if _matters(cb))}
+    for i,group in enumerate(getattr(opt, 'param_groups', [])):
+        lines |= {f'{k} of parameter group {i}': v for k,v in group.items() if k not in _HOW}
+    for nm,cb in cbs.items():
+        if not isinstance(cb, BaseSchedCB): continue
+        lines |= {f'{k} of {nm}': v for k,v in (dict(kind=type(cb.schedo).__name__) | cb.state_dict()).items()}
+    lines |= {f'weight {k}': f'{tuple(o.shape)} {o.dtype}' for k,o in unwrap_model(learn.model).state_dict().items()}
+    return {k: _text(v) for k,v in lines.items()} | {nm: _version(nm) for nm in _VERSIONS}
+
+_HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
+_VERSIONS = 'miniai', 'torch', 'numpy'
+def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
+def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
+def _text(v): return re.sub(' at 0x[0-9a-f]+', '', str(v.tolist() if isinstance(v, torch.Tensor) else _plain(v)))
+
+# %% ../nbs/20_checkpoints.ipynb #ckdataxx
+def _data_lines(dl, loaders):
+    return {'batches an epoch': _length(dl), 'batch size': getattr(dl, 'batch_size', getattr(dl, 'bs', None)),
+            'items': _length(getattr(dl, 'dataset', next(iter(getattr(dl, 'tensors', ())), None))),
+            'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
+            'generators of the loaders': [type(g).__name__ for g in _held(*loaders)], 'processes': _place()[1]}
+
+def _version(nm):
+    try: return metadata.version(nm)
+    except metadata.PackageNotFoundError: return 'unknown' # a checkout that was not installed
+
+def _length(o):
+    try: return len(o)
+    except TypeError: return None
+
+# %% ../nbs/20_checkpoints.ipynb #cksamexx
+def _check_same(path, was, now):
+    "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions are worth a warning"
+    def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
+    def lines(keys): return [f'{k}: {was.get(k, "nothing")[:60]} in the checkpoint, {now.get(k, "nothing")[:60]} here' for k in keys]
+    if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
+    differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
+    if not set(differ) - {'epochs'}: return
+    more = [f'and {len(differ)-8} more'] if len(differ) > 8 else []
+    raise ValueError('\n'.join([f'{path} is of another fit than this one:', *lines(differ[:8]), *more,
+        'resume=True goes on with the same fit: make it as it was, or begin another one in another folder']))
+
+# %% ../nbs/20_checkpoints.ipynb #cktogeth
+def _place():
+    "The rank of this process, and how many there are"
+    dist = torch.distributed
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def _gather(x):
+    "`x` of every process"
+    res = [x]*_place()[1]
+    if len(res) > 1: torch.distributed.all_gather_object(res, x)
+    return res
+
+def _on_main(f, *args):
+    "What `f(*args)` gives the main process; where it fails, all of them have its error"
+    said = [None, None]
+    if is_main():
+        try: said[0] = f(*args)
+        except Exception as e: said[1] = e
+    if _place()[1] > 1: torch.distributed.broadcast_object_list(said)
+    if said[1]: raise said[1]
+    return said[0]
+
+# %% ../nbs/20_checkpoints.ipynb #ckargsxx
+def _check_args(folder, every, keep, resume):
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder): raise TypeError(f'folder is the path of a folder, not {folder!r}')
+    for nm,n in dict(keep=keep, every=1 if every is None else every).items():
+        if not hasattr(n, '__index__') or isinstance(n, bool) or n < 1: raise ValueError(f'{nm} is a whole number, at least 1, not {n!r}')
+    if not isinstance(resume, bool): raise TypeError(f'resume is True or False, not {resume!r}: the checkpoints are in folder')
+
+def _check_states(learn):
+    "What cannot be written is found before the first batch"
+    if not hasattr(learn.opt, 'state_dict') or not hasattr(learn.opt, 'load_state_dict'):
+        what = 'no optimizer' if learn.opt is None else f'a {type(learn.opt).__name__} without state_dict and load_state_dict'
+        raise ValueError(f'CheckpointCB needs an optimizer whose state can be written and put back, but this fit has {what}')
+    for nm,o in {'the optimizer': learn.opt, **_stateful(learn.cbs)}.items():
+        try: _unpack(_pack({k: v for k,v in o.state_dict().items() if k != 'weights'}))
+        except Exception as e:
+            raise TypeError(f'the state of {nm} cannot be written and read again: it may have numbers, strings, tensors, '
+                            f'and lists and dicts of them ({str(e).splitlines()[0]})') from e
+
+# %% ../nbs/20_checkpoints.ipynb #cktakexx
+def _take(folder, patience):
+    "Make `folder` one's own, which a killed process does not leave behind, and try to write there"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (lock := FileLock(folder/'.lock')).acquire(timeout=patience)
+        shutil.rmtree(tmp := folder/'.unfinished', ignore_errors=True)
+        tmp.mkdir(); tmp.rmdir()
+        return lock
+    except (Timeout, RuntimeError): raise RuntimeError(f'{folder} is in use by another fit: wait for it, or use another folder') from None
+    except OSError as e: raise OSError(e.errno, f'no checkpoint can be written into {folder}: {e.strerror}') from e
+
+def _check_alone(cb, cbs):
+    if sum(isinstance(o, CheckpointCB) and o.folder.resolve() == cb.folder.resolve() for o in cbs) > 1:
+        raise ValueError(f'two CheckpointCBs write into {cb.folder}: give each a folder of its own')
+
+def _check_own(cb):
+    if not cb.resume and set(_kept(cb.folder)) - cb.written:
+        raise ValueError(f'{cb.folder} has the checkpoints of another fit: resume=True goes on with it; else choose another folder')
+
+# %% ../nbs/20_checkpoints.ipynb #ckcallba
 class CheckpointCB(Callback):
-    "Writes checkpoints of a fit, and goes on from the newest with `resume=True`, to the same end (bit by bit on a CPU)"
+    """Writes checkpoints of a fit, and with `resume=True` goes on from the newest, to the same end (bit by bit on a CPU).
+
+    A script that is run again does what is missing: of several fits, those that were completed train nothing. Where this same object
+    has seen a fit to its end (by `CancelFitException`, too), the next fit trains anew, and starts with the model as it is then.
+    Random transforms within persistent workers begin anew"""
     order = 100 # after all others, so that what they did is in the checkpoint
+    patience = 10. # seconds to wait for the folder: a killed process may leave workers that are about to end
     def __init__(self,
-        folder: str|Path, # used by this fit only
+        folder: str|Path, # for the fits of one script
         every: int=None, # write also after so many batches; after each training epoch in any case
-        keep: int=3, # how many checkpoints to keep, the newest ones
+        keep: int=3, # how many checkpoints to keep, those that were written last
         resume: bool=False # go on where the newest was written; from the beginning if there is none
     ):
-        if keep < 1: raise ValueError(f'keep is a number of checkpoints, at least 1, not {keep}')
-        if every is not None and every < 1: raise ValueError(f'every is a number of batches, at least 1, not {every}')
-        self.folder,self.every,self.keep,self.resume = Path(folder),every,keep,resume
+        _check_args(folder, every, keep, resume)
+        self.folder,self.every,self.keep,self.resume = Path(folder).expanduser(),every,keep,resume
+        self.fits,self.steps,self.written,self.lock = 0,0,set(),None # fits seen to their end, training batches, own checkpoints
+        self.before_fit(None)
 
-    def before_fit(self, learn): self.at,self.steps,self.begun,self.due = _START,0,False,False
+    def before_fit(self, learn):
+        self.begun,self.due,self.start,self.found,self.dl,self.error = False,False,0,None,None,sys.exception()
 
     def before_epoch(self, learn):
         if learn.training and not self.begun: self._begin(learn)
-        if learn.epoch < self.at['epoch']: raise CancelEpochException # it was done before, and so was its evaluation
+        if learn.epoch < self.start: raise CancelEpochException # it was done before, and so was its evaluation
         if learn.training: self._go_on(learn)
-
-    def _begin(self, learn):
-        self.begun = True
-        _check_folder(self.folder, self._kept(), self.resume)
-        for path in reversed(self._kept()):
-            try: weights,rest = _read(path)
-            except Exception as e: warnings.warn(f'{path} is damaged ({e}): taking the one before it')
-            else: return self._restore(learn, weights, rest)
-
-    def _go_on(self, learn):
-        "Pass over what was done of this epoch"
-        at,self.at = self.at,_START
-        if at['ended']:
-            _set_random_state(at['now'])
-            raise CancelEpochException
-        learn.dl = self.dl = _Replay(learn.dl, at['batch'], at['began'], at['now'])
 
     def after_batch(self, learn):
         if not learn.training: return
         self.steps += 1
         self.due |= self.every is not None and self.steps % self.every == 0
         if self.due and learn.stepped: self._save(learn, ended=False) # not within a group of GradAccumCB
-    def after_epoch(self, learn):
-        if learn.training: self._save(learn, ended=True)
+    def after_epoch(self, learn): self._end(learn)
 
-    def _kept(self): return sorted(self.folder.glob('step-*'))
-    def _states(self, learn): return {f'{type(cb).__name__}-{i}': cb for i,cb in enumerate(learn.cbs) if hasattr(cb, 'load_state_dict')}
+    def cleanup_epoch(self, learn):
+        if sys.exception() is self.error: self._end(learn) # cut short by CancelEpochException
+        self.dl = None
+    def cleanup_fit(self, learn):
+        self.fits += self.begun and sys.exception() is self.error
+        if self.lock: self.lock.release()
+        self.lock = self.error = None
 
-    def _save(self, learn, ended):
-        "What a checkpoint is made of: weights, the optimizer, callbacks with a state, where the fit is, and random numbers"
-        self.due,at = False,dict(epoch=learn.epoch, batch=learn.iter+1, ended=ended, began=self.dl.began, now=_random_state())
-        states = {k: dict(cb.state_dict()) for k,cb in self._states(learn).items()}
-        weights = {'model': unwrap_model(learn.model).state_dict()} | {k: s.pop('weights') for k,s in states.items() if s.get('weights')}
-        if not is_main(): return
-        path = self.folder/f'step-{self.steps:09d}'
-        if path.exists(): shutil.rmtree(path)
-        _write(self.folder, path.name, weights, dict(opt=learn.opt.state_dict(), callbacks=states, at=at, steps=self.steps))
-        for old in self._kept()[:-self.keep]: shutil.rmtree(old)
+# %% ../nbs/20_checkpoints.ipynb #ckbeginx
+@patch
+def _begin(self:CheckpointCB, learn):
+    "Before the first training epoch: is there something to go on from?"
+    _check_states(learn)
+    self.begun,self.plan = True,_plan(learn)
+    path = _on_main(self._open, learn)
+    if path is None: return
+    weights,rest = _read(path)
+    if rest['fits'] < self.fits: return # of the fit that this object has seen to its end: here begins another one
+    completed,self.steps = rest['fits'] > self.fits,rest['steps']
+    if not completed: _check_same(path, rest['plan'], self.plan)
+    if is_main(): print(_told(path, learn, rest, self.fits))
+    self.start,self.found = (math.inf, None) if completed else (rest['epoch'], (weights, rest))
+    if self.start >= learn.n_epochs: self._restore(learn, weights, rest, completed)
 
-    def _restore(self, learn, weights, rest):
-        model,states = unwrap_model(learn.model),self._states(learn)
-        _check_same(model.state_dict(), weights['model'])
-        _check_callbacks(states, rest['callbacks'])
-        model.load_state_dict(weights['model'])
-        learn.opt.load_state_dict(rest['opt'])
-        for k,cb in states.items(): cb.load_state_dict(rest['callbacks'][k] | (dict(weights=weights[k]) if k in weights else {}))
-        self.at,self.steps = rest['at'],rest['steps']
+@patch
+def _open(self:CheckpointCB, learn):
+    "Take the folder, and find the newest checkpoint that can be read"
+    _check_alone(self, learn.cbs)
+    self.lock = _take(self.folder, self.patience)
+    _check_own(self)
+    path,self.damaged = _newest(self.folder) if self.resume else (None, [])
+    return path
 
-# %% ../nbs/20_checkpoints.ipynb #fb656c01
-def _check_folder(folder, kept, resume):
-    if kept and not resume:
-        raise ValueError(f'{folder} has the checkpoints of another fit: resume=True goes on with it; else choose another folder')
+# %% ../nbs/20_checkpoints.ipynb #ckrestor
+@patch
+def _restore(self:CheckpointCB, learn, weights, rest, completed=False):
+    "Put everything back; in place of a fit that was completed only weights, since the next one puts back the rest"
+    mine,model = rest['ranks'][_place()[0]],unwrap_model(learn.model)
+    if completed and not _same_shapes(model.state_dict(), weights['model']): return # it was changed after that fit
+    model.load_state_dict(weights['model'])
+    if not completed: learn.opt.load_state_dict(rest['opt'])
+    for k,cb in _stateful(learn.cbs).items():
+        if k in weights or (k in mine['callbacks'] and not completed):
+            cb.load_state_dict(mine['callbacks'][k] | (dict(weights=weights[k]) if k in weights else {}))
+    if not completed: _set_random_state(mine['now'], *_loaders(learn))
+    return mine
 
-def _check_callbacks(now, was):
-    if now.keys() != was.keys(): raise ValueError(f'the checkpoint has the callbacks {list(was)}, this fit {list(now)}')
+def _same_shapes(a, b): return {k: o.shape for k,o in a.items()} == {k: o.shape for k,o in b.items()}
 
-def _shape(tensors, k): return tuple(tensors[k].shape) if k in tensors else 'nothing'
+@patch
+def _go_on(self:CheckpointCB, learn):
+    "With the next batch of this epoch, or with its evaluation where training was ended"
+    loaders,found,self.found = _loaders(learn),self.found,None
+    if found is None: learn.dl = self.dl = _Replay(learn.dl, loaders)
+    else:
+        mine,rest = self._restore(learn, *found),found[1]
+        if rest['ended']: raise CancelEpochException
+        learn.dl = self.dl = _Replay(learn.dl, loaders, rest['batch'], mine['began'], mine['now'])
 
-def _check_same(now, was):
-    odd = [k for k in now | was if _shape(now, k) != _shape(was, k)]
-    if not odd: return
-    lines = [f'{k}: {_shape(was, k)} in the checkpoint, {_shape(now, k)} in the model' for k in odd[:5]]
-    if len(odd) > 5: lines.append(f'and {len(odd)-5} more')
-    raise ValueError('\n'.join(['the checkpoint is of another model:', *lines]))
+# %% ../nbs/20_checkpoints.ipynb #cksavexx
+@patch
+def _end(self:CheckpointCB, learn):
+    if self.dl is not None and self.dl.began: self._save(learn, ended=True)
+    self.dl = None
+
+@patch
+def _save(self:CheckpointCB, learn, ended):
+    "What a checkpoint is made of: weights, the optimizer, callbacks with a state, random numbers, where the fit is and what it is"
+    self.due,states = False,{k: dict(cb.state_dict()) for k,cb in _stateful(learn.cbs).items()}
+    weights = {k: s.pop('weights') for k,s in states.items() if isinstance(s.get('weights'), Mapping)}
+    weights['model'] = unwrap_model(learn.model).state_dict()
+    mine = _plain(dict(callbacks=states, began=self.dl.began, now=_random_state(*_loaders(learn))))
+    rest = dict(plan=self.plan, fits=self.fits, steps=self.steps, epoch=learn.epoch, batch=learn.iter+1, ended=ended,
+                opt=learn.opt.state_dict(), ranks=_gather(mine))
+    _on_main(self._put_down, weights, rest)
+
+@patch
+def _put_down(self:CheckpointCB, weights, rest):
+    self.written.add(path := _free(self.folder, self.steps))
+    _write(path, weights, rest)
+    _prune(path, self.keep, self.damaged)
+    self.damaged = []
+
+# %% ../nbs/20_checkpoints.ipynb #cktoldxx
+def _told(path, learn, rest, fits):
+    "One line: from where, with what, and without what"
+    if rest['fits'] > fits:
+        return f'{path} is of fit {rest["fits"]+1}, so this fit {fits+1} was completed, and nothing is left to train. Restored: weights'
+    where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
+    if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
+    over = rest['ended'] or str(rest['batch']) == n
+    goes = 'nothing is left to train' if rest['epoch']+over >= learn.n_epochs else 'the fit goes on from there'
+    now,had = _named(cb for cb in learn.cbs if not isinstance(cb, CheckpointCB)),rest['ranks'][0]['callbacks']
+    lists = {'Restored': ['model', 'optimizer', 'random numbers', *(k for k in now if k in had)],
+             'Beginning anew': [k for k,cb in now.items() if k not in had and _keeps(cb)],
+             'No longer there': [k for k in had if k not in now]}
+    return '. '.join([f'{path} is from after {where}, and {goes}', *(f'{k}: {", ".join(v)}' for k,v in lists.items() if v)])
+
+def _keeps(cb): return type(cb).__name__[0] != '_' and (hasattr(cb, 'after_batch') or hasattr(cb, 'after_epoch'))
