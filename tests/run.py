@@ -47,9 +47,11 @@ def main():
     if failed:
         print('The package and the notebooks do not agree, or a notebook shows a broken run: `make export` mends what it can.')
     else:
-        ok,bad = pytest('tests', '--ignore=tests/test_sync.py')
-        paths = notebooks()
-        with ThreadPoolExecutor(CORES) as pool: results = list(pool.map(notebook, paths))
+        files,paths = sorted(p for p in (ROOT/'tests').glob('test_*.py') if p.name != 'test_sync.py'),notebooks()
+        with ThreadPoolExecutor(CORES) as pool:
+            counts = list(pool.map(lambda i: pytest(*files[i::CORES]), range(min(CORES, len(files)))))
+            results = list(pool.map(notebook, paths))
+        ok,bad = map(sum, zip(*counts))
         passed,failed = passed+ok+sum(results), failed+bad+results.count(False)+(not paths)
     if not clean: print('ruff found what stands at the top of this log')
     print(f'miniai: {passed} passed, {failed} failed{"" if clean else ", and ruff found something"}')
