@@ -55,6 +55,17 @@ def _parts(model):
 def _num_params(m): return sum(p.numel() for p in m.parameters())
 
 # %% ../nbs/09_augment.ipynb #3f322640
+class _LookCB(Callback):
+    "Hooks on all modules of the model that predicts, and an end to the fit after that"
+    order,hooks = math.inf,()
+    def __init__(self, look): self.look = look
+    def before_batch(self, learn):
+        self.model = unwrap_model(learn.model) # which EMACB may have replaced
+        self.hooks = Hooks(self.model.modules(), self.look)
+    def after_predict(self, learn): raise CancelFitException
+    def cleanup_batch(self, learn):
+        for h in self.hooks: h.remove()
+
 @patch
 def summary(self:Learner):
     "Run one batch, and list the model's parts: shapes, parameters, and millions of operations an image in convolutions and linear layers"
@@ -62,8 +73,8 @@ def summary(self:Learner):
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
         shapes[mod] = _shape(inp),_shape(outp)
-    model = unwrap_model(self.model)
-    with Hooks(model.modules(), look): aside = self.fit_aside(_StopCB('after_predict'), valid=True, model=model)
+    aside = self.fit_aside(cb := _LookCB(look), valid=True, model=unwrap_model(self.model))
+    model = cb.model
     per_image = 1/(1e6*n_items(aside.batch))
     rows = ['|Module|Input|Output|Num params|MFLOPS|', '|--|--|--|--|--|']
     for m in _parts(model) or [model]:

@@ -227,15 +227,11 @@ def _plan(learn):
     opt,cbs = getattr(learn.opt, 'optimizer', learn.opt),_stateful(learn.cbs) # accelerate has the optimizer inside
     lines = {'epochs': learn.n_epochs} | _data_lines(learn.dl, _loaders(learn))
     lines |= {'optimizer': type(opt).__name__, 'callbacks': sorted(k for k,cb in cbs.items() if _matters(cb))}
-    for i,group in enumerate(getattr(opt, 'param_groups', [])):
-        lines |= {f'{k} of parameter group {i}': v for k,v in group.items() if k not in _HOW}
-    for nm,cb in cbs.items():
-        if not isinstance(cb, BaseSchedCB): continue
-        lines |= {f'{k} of {nm}': v for k,v in (dict(kind=type(cb.schedo).__name__) | cb.state_dict()).items()}
+    lines |= {'loss': getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)} | _optimizer_lines(opt)
+    for nm,cb in _named(learn.cbs).items(): lines |= {f'{k} of {nm}': v for k,v in _settings(cb).items()}
     lines |= {f'weight {k}': f'{tuple(o.shape)} {o.dtype}' for k,o in unwrap_model(learn.model).state_dict().items()}
     return {k: _text(v) for k,v in lines.items()} | {nm: _version(nm) for nm in _VERSIONS}
 
-_HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
 _VERSIONS = 'miniai', 'torch', 'numpy'
 def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
 def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
@@ -248,6 +244,25 @@ def _data_lines(dl, loaders):
             'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
             'generators of the loaders': [type(g).__name__ for g in _held(*loaders)], 'processes': _place()[1]}
 
+_HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
+_SCHEDULED = {'lr', 'initial_lr', 'max_lr', 'min_lr', 'momentum', 'betas', 'max_momentum', 'base_momentum'} # which a schedule sets
+
+def _optimizer_lines(opt):
+    groups,scheduled = getattr(opt, 'param_groups', []),any('initial_lr' in o for o in getattr(opt, 'param_groups', []))
+    lines = {k: v for k,v in getattr(opt, 'defaults', {}).items() if k not in _HOW}
+    for i,group in enumerate(groups):
+        lines |= {f'{k} of parameter group {i}': v for k,v in group.items()
+                  if k not in _HOW | (_SCHEDULED if scheduled else set()) and v != lines.get(k)}
+    return lines
+
+def _settings(cb):
+    "What a callback that has a part in the training was made with, as far as it keeps numbers and words; of a schedule, its state"
+    if isinstance(cb, BaseSchedCB):
+        return dict(kind=type(cb.schedo).__name__) | {k: v for k,v in cb.state_dict().items() if k[0] != '_' and k != 'base_lrs'}
+    if not any(hasattr(cb, nm) for nm in ('predict', 'before_batch', 'after_loss', 'after_backward', 'after_step')): return {}
+    kept = {k: getattr(cb, k, None) for k in inspect.signature(type(cb).__init__).parameters}
+    return {k: v for k,v in kept.items() if isinstance(v, (int, float, str))}
+
 def _version(nm):
     try: return metadata.version(nm)
     except metadata.PackageNotFoundError: return 'unknown' # a checkout that was not installed
@@ -257,13 +272,13 @@ def _length(o):
     except TypeError: return None
 
 # %% ../nbs/20_checkpoints.ipynb #cksamexx
-def _check_same(path, was, now):
-    "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions are worth a warning"
+def _check_same(path, was, now, completed=False):
+    "Refuse to go on with another fit, by all that differs. More epochs are welcome until it is completed; other versions get a warning"
     def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
     def lines(keys): return [f'{k}: {was.get(k, "nothing")[:60]} in the checkpoint, {now.get(k, "nothing")[:60]} here' for k in keys]
     if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
     differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
-    if not set(differ) - {'epochs'}: return
+    if not set(differ) - (set() if completed else {'epochs'}): return
     more = [f'and {len(differ)-8} more'] if len(differ) > 8 else []
     raise ValueError('\n'.join([f'{path} is of another fit than this one:', *lines(differ[:8]), *more,
         'resume=True goes on with the same fit: make it as it was, or begin another one in another folder']))
@@ -345,7 +360,7 @@ class CheckpointCB(Callback):
     ):
         _check_args(folder, every, keep, resume)
         self.folder,self.every,self.keep,self.resume = Path(folder).expanduser(),every,keep,resume
-        self.fits,self.steps,self.written,self.lock = 0,0,set(),None # fits seen to their end, training batches, own checkpoints
+        self.plans,self.steps,self.written,self.lock = [],0,set(),None # of fits seen to their end; training batches, own checkpoints
         self.before_fit(None)
 
     def before_fit(self, learn):
@@ -367,7 +382,7 @@ class CheckpointCB(Callback):
         if sys.exception() is self.error: self._end(learn) # cut short by CancelEpochException
         self.dl = None
     def cleanup_fit(self, learn):
-        self.fits += self.begun and sys.exception() is self.error
+        if self.begun and sys.exception() is self.error: self.plans.append(self.plan)
         if self.lock: self.lock.release()
         self.lock = self.error = None
 
@@ -380,10 +395,11 @@ def _begin(self:CheckpointCB, learn):
     path = _on_main(self._open, learn)
     if path is None: return
     weights,rest = _read(path)
-    if rest['fits'] < self.fits: return # of the fit that this object has seen to its end: here begins another one
-    completed,self.steps = rest['fits'] > self.fits,rest['steps']
-    if not completed: _check_same(path, rest['plan'], self.plan)
-    if is_main(): print(_told(path, learn, rest, self.fits))
+    done,n = len(self.plans),len(rest['plans'])
+    if n <= done: return # of the fit that this object has seen to its end: here begins another one
+    completed,self.steps = n > done+1,rest['steps']
+    _check_same(path, rest['plans'][done], self.plan, completed)
+    if is_main(): print(_told_completed(path, learn, weights, done+1, n) if completed else _told(path, learn, rest))
     self.start,self.found = (math.inf, None) if completed else (rest['epoch'], (weights, rest))
     if self.start >= learn.n_epochs: self._restore(learn, weights, rest, completed)
 
@@ -435,7 +451,7 @@ def _save(self:CheckpointCB, learn, ended):
     weights = {k: s.pop('weights') for k,s in states.items() if isinstance(s.get('weights'), Mapping)}
     weights['model'] = unwrap_model(learn.model).state_dict()
     mine = _plain(dict(callbacks=states, began=self.dl.began, now=_random_state(*_loaders(learn))))
-    rest = dict(plan=self.plan, fits=self.fits, steps=self.steps, epoch=learn.epoch, batch=learn.iter+1, ended=ended,
+    rest = dict(plans=[*self.plans, self.plan], steps=self.steps, epoch=learn.epoch, batch=learn.iter+1, ended=ended,
                 opt=learn.opt.state_dict(), ranks=_gather(mine))
     _on_main(self._put_down, weights, rest)
 
@@ -447,11 +463,14 @@ def _put_down(self:CheckpointCB, weights, rest):
     self.damaged = []
 
 # %% ../nbs/20_checkpoints.ipynb #cktoldxx
-def _told(path, learn, rest, fits):
+def _told_completed(path, learn, weights, this, n):
+    same = _same_shapes(unwrap_model(learn.model).state_dict(), weights['model'])
+    return (f'{path} is of fit {n}, so this fit {this} was completed, and nothing is left to train'
+            f'{". Restored: weights" if same else ""}. (In another folder it begins anew.)')
+
+def _told(path, learn, rest):
     "One line: from where, with what, and without what"
-    if rest['fits'] > fits:
-        return f'{path} is of fit {rest["fits"]+1}, so this fit {fits+1} was completed, and nothing is left to train. Restored: weights'
-    where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
+    where,n = f'epoch {rest["epoch"]}',rest['plans'][-1]['batches an epoch']
     if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
     over = rest['ended'] or str(rest['batch']) == n
     goes = 'nothing is left to train' if rest['epoch']+over >= learn.n_epochs else 'the fit goes on from there'

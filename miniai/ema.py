@@ -24,7 +24,7 @@ class EMACB(Callback):
         decay: float=0.999, # share of the average that a step keeps
         warmup: bool=True # begin with less: (1+n)/(10+n) after n steps, as long as that is below `decay`
     ):
-        if not 0 <= decay < 1: raise ValueError(f'decay is a share, from 0 to below 1, not {decay}')
+        if not hasattr(decay, '__float__') or not 0 <= decay < 1: raise ValueError(f'decay is a share, from 0 to below 1, not {decay!r}')
         self.decay,self.warmup,self.n,self._model,self._of = decay,warmup,0,None,None
 
     @property

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from operator import attrgetter
-import copy, inspect, math, signal, threading, time, warnings
+from itertools import count
+import copy, inspect, math, random, signal, threading, time, warnings
 
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import listify, patch
 from torch import nn, optim
@@ -36,9 +37,15 @@ def is_main() -> bool:
     dist = torch.distributed
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
+def _named(x):
+    "What messages call `x`"
+    if x is None or isinstance(x, type): return 'None' if x is None else f'the class {x.__name__}'
+    kind = type(x).__name__
+    return f'{"an" if kind[0].lower() in "aeiou" else "a"} {kind}'
+
 def _check_cb(cb):
-    if isinstance(cb, type): raise TypeError(f'{cb.__name__} in cbs is a class, not a callback: write {cb.__name__}()')
-    if not hasattr(cb, 'order'): raise TypeError(f'{cb!r} in cbs is not a callback: it is a {type(cb).__name__}')
+    if isinstance(cb, type): raise TypeError(f'{(nm := cb.__name__)} in cbs is a class, not a callback: write {nm}(), with its arguments')
+    if not hasattr(cb, 'order'): raise TypeError(f'there is {_named(cb)} in cbs, which is not a callback')
 
 def find_cbs(
     cbs: Iterable[Callback],
@@ -117,8 +124,6 @@ def n_items(x) -> int:
     "How many items a batch has: as many as its first tensor has rows"
     t = first_tensor(x)
     return len(t) if t is not None and t.ndim else 1
-
-def _named(x): return f'the class {x.__name__}' if isinstance(x, type) else f'a {type(x).__name__}'.replace('a NoneType', 'None')
 
 # %% ../nbs/04_learner.ipynb #cb5a64e4
 class TrainCB(Callback):
@@ -223,14 +228,14 @@ class Learner:
     ):
         _check_init(model, loss_func)
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self._found = cb_list(cbs),None
+        self.cbs,self._found,self._asides = cb_list(cbs),None,count()
 
     def fit(self,
         n_epochs: int=1, train: bool=True, valid: bool=True, # pass over `dls.train` and over `dls.valid` in each epoch?
         cbs=None, lr: float=None # for this fit only: further callbacks, another learning rate
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
-        _check_fit(self, n_epochs)
+        _check_fit(self, n_epochs, train, valid, lr)
         with _CtrlC(), _joined_by(self, cb_list(cbs)):
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
             self.opt = _new_opt(self.opt_func, self.model, self.lr if lr is None else lr)
@@ -283,12 +288,15 @@ class Learner:
     def training(self) -> bool: return self.model.training
 
 # %% ../nbs/04_learner.ipynb #850d0975
-def _check_fit(learn, n_epochs):
+def _check_fit(learn, n_epochs, train, valid, lr):
     dls = learn.dls
     if isinstance(dls, tuple) and dls == (0,): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
     if not hasattr(dls, 'train'):
         raise ValueError(f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)')
     if not hasattr(n_epochs, '__index__') or n_epochs < 0: raise TypeError(f'n_epochs is a number of epochs, such as 3, not {n_epochs!r}')
+    for nm,o in dict(train=train, valid=valid).items():
+        if not isinstance(o, int): raise TypeError(f'{nm} is True or False, not {o!r} (a learning rate is given by name: lr=0.01)')
+    if lr is not None and not hasattr(lr, '__float__'): raise TypeError(f'lr is a number, not {lr!r}')
     if sum(o['self'] is learn for o in _under_way(Learner.fit)) > 1: # one is the fit that asks
         raise RuntimeError('this Learner is in the middle of a fit, and another would take its optimizer and its place in the loop away: '
                            'fit_aside (or lr_find, capture_preds, ... which use it) works on a copy')
@@ -442,16 +450,19 @@ class MetricsCB(Callback):
 
     def state_dict(self) -> dict: return dict(begun=self.begun, metrics={k: _state(m) for k,m in self.all_metrics.items()})
     def load_state_dict(self, state: dict) -> None:
+        _check_same_metrics(list(state['metrics']), list(self.all_metrics), state['begun'])
         self._begin()
         self.begun = state['begun']
-        for k,v in state['metrics'].items(): _set_state(self.all_metrics[k], v)
+        for k,v in state['metrics'].items():
+            if self.begun: _set_state(self.all_metrics[k], v)
 
 # %% ../nbs/04_learner.ipynb #7432410a
 def _check_metrics(named):
     names = [k for k,_ in named]
     for k,m in named:
         if isinstance(m, type): raise TypeError(f'{m.__name__} is a class, not a metric: write {m.__name__}(...)')
-        if not callable(m) and not hasattr(m, 'compute'): raise TypeError(f'{k} is not a metric: it is {_named(m)}')
+        if not callable(m) and not hasattr(m, 'compute'):
+            raise TypeError(f'a metric is a function of (preds, targets), or an object with update, compute and reset, not {_named(m)}')
         if k == 'loss': raise ValueError('the loss is shown in any case: give your metric another name, MetricsCB(my_loss=...)')
         if names.count(k) > 1: raise ValueError(f'there are two metrics of the name {k}: name them, MetricsCB(first=..., second=...)')
 
@@ -473,6 +484,11 @@ def _set_state(m, state):
     elif not hasattr(m, 'metric_state'): m.load_state_dict(state)
     else:
         for k,v in state.items(): setattr(m, k, v)
+
+def _check_same_metrics(was, now, begun):
+    if begun and set(was) != set(now):
+        raise ValueError(f'the checkpoint is from the middle of an epoch, with sums of the metrics {was}, but here are {now}: '
+                         'go on with those, and change them in the next fit')
 
 # %% ../nbs/04_learner.ipynb #5d1689ac
 class _LossNow:
@@ -611,6 +627,16 @@ def _twin(x):
     vars(res).update({k: copy.copy(v) for k,v in vars(x).items() if type(v) in (list, set, dict)})
     return res
 
+@contextmanager
+def _random_kept(learn):
+    "Within a fit of `learn`: random numbers of its own, others each time, after which the fit goes on with those that it would have had"
+    if not any(o['self'] is learn for o in _under_way(Learner.fit)): return (yield)
+    was = random.getstate(),np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed((torch.initial_seed() + 1 + next(learn._asides)) % 2**63)
+        try: yield
+        finally: random.setstate(was[0]); np.random.set_state(was[1])
+
 @patch
 def fit_aside(self:Learner,
     cbs=None, # further callbacks, which are run as they are
@@ -624,7 +650,7 @@ def fit_aside(self:Learner,
     learn.opt_func,learn._found = opt_func,None
     if model is not None: learn.model = model
     vars(learn).pop('metrics', None)
-    with mode_kept(self.model), torch.enable_grad(): learn.fit(n_epochs, train, valid, lr=lr)
+    with mode_kept(self.model), torch.enable_grad(), _random_kept(self): learn.fit(n_epochs, train, valid, lr=lr)
     return learn
 
 # %% ../nbs/04_learner.ipynb #6a8bdeea

@@ -32,7 +32,9 @@ def accuracy(
 def _check_scores(out, yb):
     "Shapes only, since a value could not be looked at without waiting for the device"
     for o in (out, yb):
-        if not isinstance(o, torch.Tensor): raise TypeError(f'accuracy takes tensors, not {type(o).__name__}: torch.as_tensor makes one')
+        if isinstance(o, torch.Tensor): continue
+        how = 'name its part, lambda p,y: accuracy(p[0], y)' if isinstance(o, (tuple, dict)) else 'torch.as_tensor makes one'
+        raise TypeError(f'accuracy takes tensors, not {type(o).__name__}: {how}')
     out,yb = out.shape,yb.shape
     if len(out) < 2 or out[1] < 2: raise ValueError(f'accuracy needs a score for each of several classes, not out of shape {tuple(out)}')
     if yb != out[:1] + out[2:]:

@@ -435,7 +435,7 @@ def test_evaluation_and_helpers_touch_nothing(tmp_path, dls, model):
     learn.lr_find()
     learn.fit_aside(valid=True)
     learn.fit(1, train=False)
-    assert names(tmp_path/'c') == had and cb.fits == 1
+    assert names(tmp_path/'c') == had and len(cb.plans) == 1
 
 class Epochs(Callback):
     "Which epochs were trained"
@@ -502,7 +502,7 @@ def test_an_interrupted_fit_that_is_called_again(tmp_path):
     try: raise ValueError
     except ValueError: learn.fit(3) # within an except, too
     assert torch.equal(torch.cat([o.float().flatten() for o in model.state_dict().values()]), whole)
-    assert cbs[-1].fits == 1
+    assert len(cbs[-1].plans) == 1
 
 def test_a_fit_that_is_ended_early_is_over(tmp_path):
     "Run again, the script comes to the same end"

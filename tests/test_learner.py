@@ -327,6 +327,42 @@ def test_a_fit_within_its_own_fit_is_refused(model, dls, event):
     vars(again).pop(event) if event != 'before_fit' else None
     learn.fit(1, cbs=again) # that of another learner is not
 
+@pytest.mark.parametrize('helper', ['preds', 'summary', 'lr_find', 'mc'])
+def test_a_look_within_a_fit_leaves_its_random_numbers(helper):
+    import miniai.augment # noqa: F401
+    from torch.utils.data import DataLoader, TensorDataset
+    from miniai.activations import set_seed
+    from miniai.uncertainty import mc_predict
+    gen = torch.Generator().manual_seed(0)
+    x,y = torch.randn(40, 4, generator=gen),torch.randint(3, (40,), generator=gen)
+    class Look(Callback):
+        def after_epoch(self, learn):
+            if helper == 'mc': assert mc_predict(learn, 4)[0].mutual_info.max() > 0, 'the passes differ'
+            else: HELPERS[helper](learn)
+            plt.close()
+    def ended(*cbs):
+        set_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3))
+        data = DataLoaders(DataLoader(TensorDataset(x, y), 8, shuffle=True), DataLoader(TensorDataset(x, y), 8))
+        Learner(model, data, F.cross_entropy, lr=.1, cbs=[TrainCB(), *cbs]).fit(3)
+        return weights(model)
+    assert torch.equal(ended(), ended(Look()))
+
+def test_summary_of_averages(dls, capsys):
+    import miniai.augment # noqa: F401
+    from miniai.ema import EMACB
+    learn = Learner(nn.Sequential(nn.Linear(4, 1)), dls, cbs=[TrainCB(), EMACB()])
+    learn.fit(1)
+    learn.summary()
+    assert '|Linear|(16, 4)|(16, 1)|5|0.00|' in capsys.readouterr().out
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+def test_metrics_that_changed_in_the_middle_of_an_epoch_are_named():
+    state = MetricsCB(accuracy).state_dict()
+    MetricsCB(mae=MeanAbsoluteError()).load_state_dict(state) # an epoch begins: nothing is lost
+    with pytest.raises(ValueError, match=r"sums of the metrics \['accuracy', 'loss'\]"):
+        MetricsCB(mae=MeanAbsoluteError()).load_state_dict(state | dict(begun=True))
+
 def test_what_takes_part(model, dls):
     class Marked(Watch): takes_part = True
     class Not(Counts): takes_part = False
@@ -460,7 +496,7 @@ def test_bare_tensors_are_whole_batches(cls):
     assert seen == [(6, 4)]*2
 
 def test_what_cannot_be_done_is_said_by_name(model, classes):
-    with pytest.raises(TypeError, match='this one is a int'): Learner(model, DataLoaders([3], []), cbs=TrainCB()).fit(1)
+    with pytest.raises(TypeError, match='this one is an int'): Learner(model, DataLoaders([3], []), cbs=TrainCB()).fit(1)
     with pytest.raises(ValueError, match='no target for the metrics'):
         Learner(nn.Linear(4, 3), DataLoaders([(torch.ones(2, 4),)], []), lambda p: p.mean(), cbs=[TrainCB(), MetricsCB(accuracy)]).fit(1)
 
@@ -503,7 +539,7 @@ def test_metrics_of_one_name_and_others_that_would_be_lost():
         with pytest.raises(ValueError, match='two metrics of the name'): MetricsCB(*ms, **kw)
     with pytest.raises(ValueError, match='another name'): MetricsCB(loss=accuracy)
     for bad in (3, None, 'acc'):
-        with pytest.raises(TypeError, match='not a metric'): MetricsCB(acc=bad)
+        with pytest.raises(TypeError, match='a metric is a function'): MetricsCB(acc=bad)
 
 @pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'after_epoch', 'cleanup_epoch'])
 def test_a_subclass_may_replace_any_event_without_asking_its_parent(classes, event):
@@ -574,6 +610,9 @@ def test_what_a_careful_person_gets_wrong_is_said_where_it_is_given(model, dls):
         with pytest.raises(TypeError, match='n_inp'): TrainCB(bad)
     with pytest.raises(ValueError, match='mom is the share'): MomentumLearner(model, dls, F.mse_loss, mom=5)
     TrainLearner(model, dls).fit(np.int64(1))
+    for bad in ((1, .01), (1, True, .1), (1, None)): # as fastai has it
+        with pytest.raises(TypeError, match='by name: lr=0.01'): TrainLearner(model, dls).fit(*bad)
+    with pytest.raises(TypeError, match='lr is a number'): TrainLearner(model, dls).fit(1, lr='x')
 
 def test_momentum_learner_has_its_default_and_plain_sgd_as_a_special_case(dls):
     def trained(cls, **kw):
