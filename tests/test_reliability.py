@@ -1,5 +1,6 @@
 "What goes wrong is named, leaves nothing behind, and can be tried again"
-import signal, subprocess, sys
+import ast, json, signal, subprocess, sys
+from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torchmetrics import MeanAbsoluteError
 
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
+
+ROOT = Path(__file__).resolve().parent.parent
 
 def per_item(p, t): return F.mse_loss(p, t, reduction='none')
 def interrupt(learn): signal.raise_signal(signal.SIGINT)
@@ -100,3 +103,42 @@ def test_two_callbacks_for_one_step(model, dls):
     with pytest.raises(ValueError, match="both supply the step 'backward'"): learn.fit(1)
     learn.cbs.pop()
     learn.fit(1)
+
+# Broken on purpose: five of each kind of trouble; `make stress` has hundreds
+
+KINDS = ['kills at random: ordinary modes', 'kills at random: a loader with a generator', 'kills at random: persistent workers',
+         'kills at random: two processes with dropout', 'kills at calls to the file system', 'interrupts at events',
+         'interrupts in the averages', 'interrupts in the loop, engines, checkpoints', 'a full disk', 'two fits on one folder',
+         'leaks, in so many fits']
+
+@pytest.fixture(scope='module')
+def counts(tmp_path_factory):
+    "The table of tests/stress.py, in a process of its own: it forks, which a process with threads should not"
+    path = tmp_path_factory.mktemp('stress')/'counts.json'
+    res = subprocess.run([sys.executable, str(ROOT/'tests/stress.py'), '--few', '--json', str(path)], text=True, capture_output=True)
+    assert path.exists(), res.stdout+res.stderr
+    res = json.loads(path.read_text())
+    assert sorted(res) == sorted(KINDS)
+    return res
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_nothing_is_lost(counts, kind):
+    tried,clean,_,faults = counts[kind]
+    assert faults == [] and clean == tried >= 5
+
+# What .github/SECURITY.md promises of all modules; the tests of each look at its own files
+
+@pytest.mark.parametrize('path', sorted((ROOT/'miniai').glob('*.py')), ids=lambda p: p.stem)
+def test_no_file_can_run_code(path):
+    "No pickle is loaded, no code comes with a data set"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    imported = {a.name for o in ast.walk(tree) if isinstance(o, ast.Import) for a in o.names}
+    imported |= {o.module for o in ast.walk(tree) if isinstance(o, ast.ImportFrom)}
+    assert not imported & {'pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal'}
+    for o in ast.walk(tree):
+        if not isinstance(o, ast.Call): continue
+        said = {k.arg: ast.unparse(k.value) for k in o.keywords}
+        assert 'trust_remote_code' not in said and said.get('allow_pickle', 'False') == 'False' and said.get('shell', 'False') == 'False'
+        what = ast.unparse(o.func)
+        assert what not in ('eval', 'exec', 'os.system')
+        if what == 'torch.load' or what.endswith(('.get_state_dict', 'load_state_dict_from_url')): assert said['weights_only'] == 'True'
