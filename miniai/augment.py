@@ -9,17 +9,16 @@ __all__ = ['CapturePreds', 'rand_erase', 'RandErase', 'rand_copy', 'RandCopy']
 # %% ../nbs/09_augment.ipynb #c924d025
 import math, random
 from collections import Counter
-from collections.abc import Mapping
 
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.imports import in_notebook
 from torch import nn
 
 from .activations import Hooks
+from .conv import first_tensor, map_tensors, unwrap_model
 from .datasets import show_images
-from .init import mode_kept
-from .learner import Callback, CancelFitException, Learner, cb_list, first_tensor, to_cpu
+from .learner import Callback, CancelFitException, Learner, cb_list, n_items, split_batch, to_cpu
 
 # %% ../nbs/09_augment.ipynb #04e318ec
 def _flops(x, h, w):
@@ -63,13 +62,14 @@ def summary(self:Learner):
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
         shapes[mod] = _shape(inp),_shape(outp)
-    with mode_kept(self.model), Hooks(self.model.modules(), look): self.fit(1, train=False, lr=1, cbs=_StopCB('after_predict'))
-    per_image = 1/(1e6*len(first_tensor(self.batch)))
+    model = unwrap_model(self.model)
+    with Hooks(model.modules(), look): aside = self.fit_aside(_StopCB('after_predict'), valid=True, model=model)
+    per_image = 1/(1e6*n_items(aside.batch))
     rows = ['|Module|Input|Output|Num params|MFLOPS|', '|--|--|--|--|--|']
-    for m in _parts(self.model) or [self.model]:
+    for m in _parts(model) or [model]:
         inp,outp = shapes.get(m, ('', ''))
         rows.append(f'|{type(m).__name__}|{inp}|{outp}|{_num_params(m):,}|{sum(flops[o] for o in m.modules())*per_image:.2f}|')
-    print(f'Tot params: {_num_params(self.model)}; MFLOPS: {sum(flops.values())*per_image:.1f}')
+    print(f'Tot params: {_num_params(model)}; MFLOPS: {sum(flops.values())*per_image:.1f}')
     if not in_notebook(): return print('\n'.join(rows))
     from IPython.display import Markdown
     return Markdown('\n'.join(rows))
@@ -82,15 +82,23 @@ def show_image_batch(self:Learner,
     **kwargs # passed on to `show_images`
 ) -> None:
     "Show images of a training batch as the model would be given them"
-    with mode_kept(self.model): self.fit(1, valid=False, lr=1, cbs=[_StopCB('before_batch'), *cb_list(cbs)])
-    show_images(to_cpu(first_tensor(self.batch)[:max_n]), **kwargs)
+    _check_max_n(max_n)
+    aside = self.fit_aside([_StopCB('before_batch'), *cb_list(cbs)], train=True)
+    show_images(to_cpu(first_tensor(aside.batch)[:max_n]), **kwargs)
+
+def _check_max_n(n):
+    if not isinstance(n, int) or n < 1: raise ValueError(f'max_n is a number of images, at least 1, not {n}')
 
 # %% ../nbs/09_augment.ipynb #9709cbd6
-def _cat(xs):
-    x = xs[0]
-    if isinstance(x, torch.Tensor): return torch.cat(xs)
-    if isinstance(x, Mapping): return {k: _cat([o[k] for o in xs]) for k in x}
-    return tuple(_cat(o) for o in zip(*xs, strict=True)) if isinstance(x, (list, tuple)) else list(xs)
+def _join(*xs): return torch.cat(xs) if xs[0].ndim else torch.stack(xs)
+def _join_rest(*xs):
+    "One list of lists, an array of arrays; anything else in a list"
+    if isinstance(xs[0], np.ndarray): return np.concatenate(xs)
+    return [o for x in xs for o in x] if isinstance(xs[0], (list, tuple)) else list(xs)
+
+def _cat(xs, what):
+    try: return map_tensors(_join, *xs, rest=_join_rest)
+    except (ValueError, RuntimeError, AttributeError) as e: raise ValueError(f'the {what} of all batches cannot be joined: {e}') from e
 
 # %% ../nbs/09_augment.ipynb #82e2fda4
 class CapturePreds(Callback):
@@ -98,21 +106,23 @@ class CapturePreds(Callback):
     all_preds = None
     def before_fit(self, learn): self.all_inps,self.all_preds,self.all_targs = [],[],[]
     def after_batch(self, learn):
-        self.all_inps.append(to_cpu(learn.batch[0]))
-        self.all_preds.append(to_cpu(learn.preds))
-        self.all_targs.append(to_cpu(learn.batch[1]))
+        inps,targs = split_batch(learn)
+        for nm,o in dict(all_inps=_one(inps), all_preds=learn.preds, all_targs=_one(targs)).items(): getattr(self, nm).append(to_cpu(o))
     def cleanup_fit(self, learn):
         if not isinstance(self.all_preds, list) or not self.all_preds: return # the fit never came to a prediction
-        self.all_inps,self.all_preds,self.all_targs = map(_cat, (self.all_inps, self.all_preds, self.all_targs))
+        for nm,what in dict(all_inps='inputs', all_preds='predictions', all_targs='targets').items():
+            setattr(self, nm, _cat(getattr(self, nm), what))
+
+def _one(parts): return parts[0] if len(parts) == 1 else parts
 
 @patch
 def capture_preds(self:Learner,
     cbs=None, # further callbacks, such as transforms
     inps: bool=False # the inputs as well?
-) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU
-    "Predict all of `dls.valid`. It is a fit, so callbacks that keep records of the last fit start anew"
+) -> tuple: # predictions and targets of `dls.valid` (and inputs), on the CPU; tuples of them, if a batch has several
+    "Predict all of `dls.valid`, by `fit_aside`"
     cp = CapturePreds()
-    with mode_kept(self.model): self.fit(1, train=False, lr=1, cbs=[cp, *cb_list(cbs)])
+    self.fit_aside([cp, *cb_list(cbs)], valid=True)
     return (cp.all_preds, cp.all_targs, cp.all_inps) if inps else (cp.all_preds, cp.all_targs)
 
 # %% ../nbs/09_augment.ipynb #5adcd4dc

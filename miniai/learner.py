@@ -5,29 +5,31 @@ With it come the callbacks that nearly every fit needs: training steps, device, 
 
 # %% auto #0
 __all__ = ['Callback', 'is_main', 'find_cbs', 'run_cbs', 'CancelFitException', 'CancelEpochException', 'CancelBatchException',
-           'with_cbs', 'TrainCB', 'CancelStepException', 'cb_list', 'Learner', 'SingleBatchCB', 'DeviceCB', 'to_cpu',
-           'Mean', 'FuncMetric', 'first_tensor', 'MetricsCB', 'ProgressCB', 'TrainLearner', 'MomentumLearner',
-           'LRFinderCB']
+           'with_cbs', 'batch_parts', 'TrainCB', 'split_batch', 'CancelStepException', 'cb_list', 'Learner',
+           'SingleBatchCB', 'DeviceCB', 'to_cpu', 'Mean', 'n_items', 'FuncMetric', 'MetricsCB', 'WrappedDL',
+           'ProgressCB', 'TrainLearner', 'MomentumLearner', 'LRFinderCB']
 
 # %% ../nbs/04_learner.ipynb #397592ad
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial, wraps
 from operator import attrgetter
-import math, time
+import copy, inspect, math, time, warnings
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import listify, patch
 from torch import nn, optim
 
-from .conv import def_device, to_device
+from .conv import def_device, first_tensor, map_tensors, mode_kept, to_device
 
 # %% ../nbs/04_learner.ipynb #dc4bbf66
 class Callback:
     "Base of callbacks: define methods named after events, each of which gets the Learner. Lower `order` runs first"
     order = 0
     main_only = False # where several processes train together: for the first only?
-    sets_lr = False # does it set the learning rate? Then `lr_find` leaves it out
+    takes_part = None # in what is computed from a batch? `None`: its methods tell, see `fit_aside`
 
 # %% ../nbs/04_learner.ipynb #1f87e22f
 def is_main() -> bool:
@@ -57,13 +59,20 @@ def _call(methods, learn):
             e.add_note(f'This was raised in {type(getattr(method, "__self__", None)).__name__}.{getattr(method, "__name__", method)}')
             raise
 
+def _call_all(methods, learn):
+    "`_call` of each, even if another failed or was interrupted; the error comes at the end"
+    with ExitStack() as stack:
+        for method in reversed(methods): stack.callback(_call, [method], learn)
+
+def _run(method_nm): return _call_all if method_nm.startswith('cleanup_') else _call
+
 def run_cbs(
     cbs: Iterable[Callback],
     method_nm: str, # an event
     learn=None # passed to the methods
 ) -> None:
-    "Call method `method_nm` of all `cbs` that have it, in the order of `find_cbs`"
-    _call(find_cbs(cbs, method_nm), learn)
+    "Call method `method_nm` of all `cbs` that have it, in the order of `find_cbs`; all of them, if it is a cleanup"
+    _run(method_nm)(find_cbs(cbs, method_nm), learn)
 
 # %% ../nbs/04_learner.ipynb #9222a3ca
 class CancelFitException(Exception):
@@ -93,15 +102,39 @@ def with_cbs(
         return _f
     return decorate
 
+# %% ../nbs/04_learner.ipynb #3f4cf1da
+def batch_parts(
+    batch # a tuple, a list, a dict, an object with fields, or one tensor
+) -> tuple:
+    "What a batch consists of, in order; `TypeError` if that cannot be told"
+    if isinstance(batch, (tuple, list)): return tuple(batch)
+    if isinstance(batch, torch.Tensor): return batch,
+    if isinstance(batch, Mapping): return tuple(batch.values())
+    if first_tensor(batch) is not None: return tuple(vars(batch).values())
+    raise TypeError(f'a batch should be a tuple, a list or a dict of tensors, or one tensor, but this one is {_named(batch)}')
+
+def _named(x): return f'the class {x.__name__}' if isinstance(x, type) else f'a {type(x).__name__}'.replace('a NoneType', 'None')
+
 # %% ../nbs/04_learner.ipynb #cb5a64e4
 class TrainCB(Callback):
     "The steps of ordinary training: the first `n_inp` parts of the batch go into the model, the others to the loss"
-    def __init__(self, n_inp: int=1): self.n_inp = n_inp
-    def predict(self, learn): learn.preds = learn.model(*learn.batch[:self.n_inp])
-    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
+    def __init__(self, n_inp: int=1):
+        if not isinstance(n_inp, int) or n_inp < 1: raise TypeError(f'n_inp is a number of parts of the batch, at least 1, not {n_inp!r}')
+        self.n_inp = n_inp
+    def predict(self, learn): learn.preds = learn.model(*batch_parts(learn.batch)[:self.n_inp])
+    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *batch_parts(learn.batch)[self.n_inp:])
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
+
+# %% ../nbs/04_learner.ipynb #2c684ef3
+def split_batch(
+    learn # a Learner: its `batch`, and the `n_inp` of the TrainCB in its `cbs`, or else 1
+) -> tuple[tuple, tuple]: # inputs and targets
+    "The parts of the batch that go into the model, and the others"
+    n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(cb, TrainCB)), 1)
+    parts = batch_parts(learn.batch)
+    return parts[:n_inp],parts[n_inp:]
 
 # %% ../nbs/04_learner.ipynb #db503faa
 class CancelStepException(Exception):
@@ -140,6 +173,18 @@ def _new_opt(opt_func, model, lr):
     for p in model.parameters(): p.grad = None # what a fit that was interrupted may have left
     return opt_func(model.parameters(), lr)
 
+@contextmanager
+def _joined_by(learn, cbs):
+    "For one fit: `cbs` leave with it, whatever happens"
+    learn._found = None
+    try:
+        learn.cbs += cbs
+        yield
+    finally:
+        learn._found = None
+        for cb in cbs:
+            if cb in learn.cbs: learn.cbs.remove(cb)
+
 # %% ../nbs/04_learner.ipynb #4d06a929
 class Learner:
     "A model, data, a loss and an optimizer, and the loop that trains them, open to callbacks at every point"
@@ -149,6 +194,7 @@ class Learner:
         lr: float=0.1, cbs=None, # for `opt_func`; one Callback or several
         opt_func: Callable=optim.SGD # (parameters, lr) → optimizer, made anew by each fit; `None` for no optimizer
     ):
+        _check_init(model, loss_func)
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.cbs,self._found = cb_list(cbs),None
 
@@ -157,15 +203,11 @@ class Learner:
         cbs=None, lr: float=None # for this fit only: further callbacks, another learning rate
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
-        _check_dls(self.dls)
-        self.cbs += (cbs := cb_list(cbs))
-        try:
+        _check_fit(self, n_epochs)
+        with _joined_by(self, cb_list(cbs)):
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
             self.opt = _new_opt(self.opt_func, self.model, self.lr if lr is None else lr)
             self._fit(train, valid)
-        finally:
-            for cb in cbs: self.cbs.remove(cb)
-            self._found = None
 
     @with_cbs('fit')
     def _fit(self, train, valid):
@@ -184,7 +226,7 @@ class Learner:
     def _one_epoch(self):
         self.iter = (skipped := getattr(self.dl, 'skipped', 0)) - 1 # done before an interruption
         for self.iter,self.batch in enumerate(self.dl, skipped): self._one_batch()
-        if self.iter < 0: raise ValueError(_empty(self.training))
+        _check_epoch(self)
 
     @with_cbs('batch')
     def _one_batch(self):
@@ -203,7 +245,7 @@ class Learner:
 
     def callback(self, method_nm: str) -> None:
         "Call `method_nm` of all callbacks that have it"
-        if found := (self._found or partial(_look_up, self.cbs))(method_nm): _call(found, self)
+        if found := (self._found or partial(_look_up, self.cbs))(method_nm): _run(method_nm)(found, self)
     def predict(self): self.callback('predict')
     def get_loss(self): self.callback('get_loss')
     def backward(self): self.callback('backward')
@@ -213,19 +255,42 @@ class Learner:
     def training(self) -> bool: return self.model.training
 
 # %% ../nbs/04_learner.ipynb #850d0975
-def _check_dls(dls):
+def _check_fit(learn, n_epochs):
+    dls = learn.dls
     if isinstance(dls, tuple) and dls == (0,): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
     if not hasattr(dls, 'train'):
         raise ValueError(f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)')
+    if not hasattr(n_epochs, '__index__') or n_epochs < 0: raise TypeError(f'n_epochs is a number of epochs, such as 3, not {n_epochs!r}')
+    if sum(o['self'] is learn for o in _under_way(Learner.fit)) > 1: # one is the fit that asks
+        raise RuntimeError('this Learner is in the middle of a fit, and another would take its optimizer and its place in the loop away: '
+                           'fit_aside (or lr_find, capture_preds, ... which use it) works on a copy')
 
-def _empty(training): return ('dls.train gave no batch: there is nothing to train on' if training else
-                             'dls.valid gave no batch: there is nothing to validate on (fit(valid=False) leaves it out)')
+def _under_way(f):
+    "The local variables of all calls of `f` that are under way. The stack knows them, whatever was interrupted"
+    frame = inspect.currentframe()
+    while frame := frame.f_back:
+        if frame.f_code is f.__code__: yield frame.f_locals
+
+def _check_init(model, loss_func):
+    for nm,o in dict(model=model, loss_func=loss_func).items():
+        if isinstance(o, type): raise TypeError(f'{nm} is the class {o.__name__}, not an object of it: write {o.__name__}(...)')
+    if not callable(loss_func): raise TypeError(f'loss_func is a function of (preds, *targets), not {_named(loss_func)}')
 
 def _check_loss(loss):
     if isinstance(loss, torch.Tensor) and (loss.ndim == 0 or loss.numel() == 1): return
     what = f'shape {tuple(loss.shape)}' if isinstance(loss, torch.Tensor) else f'a {type(loss).__name__}'
     raise ValueError(f'the loss must be a tensor with one number to train on, but loss_func returned {what}: '
                      'reduce it, with .mean() for example')
+
+def _empty(training): return ('dls.train gave no batch: there is nothing to train on' if training else
+                             'dls.valid gave no batch: there is nothing to validate on (fit(valid=False) leaves it out)')
+
+def _check_epoch(learn):
+    "Once an epoch, where the device may be asked"
+    if learn.iter < 0: raise ValueError(_empty(learn.training))
+    if learn.training and isinstance(learn.loss, torch.Tensor) and not learn.loss.isfinite().all():
+        warnings.warn(f'the loss is {learn.loss.mean().item()} after epoch {learn.epoch}: look for values in the data that are not finite, '
+                      'or lower the learning rate (lr_find shows how far)', stacklevel=2)
 
 # %% ../nbs/04_learner.ipynb #c3e8ced3
 class SingleBatchCB(Callback):
@@ -244,17 +309,13 @@ class DeviceCB(Callback):
 
 # %% ../nbs/04_learner.ipynb #8e14dc4f
 def to_cpu(
-    x # a tensor, or lists, tuples and dicts of them
+    x # a tensor, or lists, tuples, dicts and objects with tensors in them
 ): # the same structure, detached, on the CPU, 16-bit floats as float32
     "Bring all tensors in `x` to the CPU. The device has to finish first: not for use in every step"
-    if isinstance(x, torch.Tensor):
-        res = x.detach().cpu()
-        return res.float() if res.dtype in (torch.float16, torch.bfloat16) else res
-    if isinstance(x, (list, tuple)):
-        res = [to_cpu(o) for o in x]
-        return type(x)(*res) if hasattr(x, '_fields') else type(x)(res)
-    if isinstance(x, Mapping): return {k: to_cpu(v) for k,v in x.items()}
-    return x
+    def bring(t):
+        t = t.detach().cpu()
+        return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return map_tensors(bring, x)
 
 # %% ../nbs/04_learner.ipynb #8cda4ed5
 class Mean:
@@ -263,12 +324,12 @@ class Mean:
     def reset(self) -> None: self.total,self.weights,self._new = 0.,0,[]
 
     def update(self,
-        val: torch.Tensor, # a number, or a tensor that is averaged first
+        val: torch.Tensor|float, # a number, or a tensor or array of numbers that are averaged first
         weight: float=1
     ) -> None:
         "Take `val` in, with `weight`"
-        val = val.detach()
-        self._new.append((val.mean() if val.ndim else val, weight))
+        val = torch.as_tensor(val).detach()
+        self._new.append((val.float().mean() if val.ndim else val, weight))
         if len(self._new) == 1000: self.add_up()
 
     def add_up(self) -> None:
@@ -283,58 +344,111 @@ class Mean:
         self.add_up()
         return self.total/self.weights if self.weights else torch.tensor(math.nan)
 
-# %% ../nbs/04_learner.ipynb #d60845a1
-class FuncMetric(Mean):
-    "The mean of `f(preds, targets)` over the batches, weighted by their size"
-    def __init__(self, f: Callable):
-        self.f = f
-        super().__init__()
-    def update(self, preds, targs) -> None: super().update(self.f(preds, targs), weight=len(targs))
+    def state_dict(self) -> dict:
+        self.add_up()
+        return dict(total=to_cpu(self.total), weights=self.weights)
+    def load_state_dict(self, state: dict) -> None: self.total,self.weights,self._new = state['total'],state['weights'],[]
 
-# %% ../nbs/04_learner.ipynb #fcacce20
-def first_tensor(x) -> torch.Tensor|None:
-    "The first tensor in `x`, however nested in lists, tuples and dicts; `None` if there is none"
-    if isinstance(x, torch.Tensor): return x
-    parts = x if isinstance(x, (list, tuple)) else x.values() if isinstance(x, Mapping) else ()
-    for o in parts:
-        if (t := first_tensor(o)) is not None: return t
+# %% ../nbs/04_learner.ipynb #d60845a1
+def n_items(x) -> int:
+    "How many items a batch has: as many as its first tensor has rows"
+    t = first_tensor(x)
+    return len(t) if t is not None and t.ndim else 1
+
+class FuncMetric:
+    "The mean of `f(preds, targets)`, a number or a dict of numbers, over the batches, weighted by their size"
+    def __init__(self, f: Callable):
+        if not callable(f) or isinstance(f, type): raise TypeError(f'a metric is a function of (preds, targets), not {_named(f)}')
+        self.f = f
+        self.reset()
+    def reset(self) -> None: self.means = defaultdict(Mean)
+    def update(self, preds, targs) -> None:
+        val = self.f(preds, targs)
+        for k,v in (val.items() if isinstance(val, Mapping) else [(None, val)]): self.means[k].update(v, weight=n_items(targs))
+    def compute(self) -> torch.Tensor|dict:
+        vals = {k: m.compute() for k,m in self.means.items()} or {None: torch.tensor(math.nan)}
+        return vals.get(None, vals)
+
+    def state_dict(self) -> dict: return {k: m.state_dict() for k,m in self.means.items()}
+    def load_state_dict(self, state: dict) -> None:
+        self.reset()
+        for k,v in state.items(): self.means[k].load_state_dict(v)
 
 # %% ../nbs/04_learner.ipynb #06aadc69
 class MetricsCB(Callback):
     "Metrics over each epoch, and the loss: objects with `update`, `compute` and `reset`, or functions of (preds, targets)"
-    n_inp = 1
+    device,begun = None,False # where the metrics are; have they begun this epoch?
     def __init__(self, *ms, **metrics):
-        named = {getattr(m, '__name__', type(m).__name__): m for m in ms} | metrics
-        for m in named.values():
-            if isinstance(m, type): raise TypeError(f'{m.__name__} is a class, not a metric: write {m.__name__}(...)')
-        self.metrics = {k: m if hasattr(m, 'compute') else FuncMetric(m) for k,m in named.items()}
+        named = [(getattr(m, '__name__', type(m).__name__), m) for m in ms] + list(metrics.items())
+        _check_metrics(named)
+        self.metrics = {k: m if hasattr(m, 'compute') else FuncMetric(m) for k,m in named}
         self.loss = Mean()
         self.all_metrics = self.metrics | dict(loss=self.loss)
 
     def _log(self, d: dict):
         if is_main(): print(d)
-    def before_fit(self, learn):
-        learn.metrics,self.device = self,None
-        self.n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(cb, TrainCB)), 1)
-    def before_epoch(self, learn):
-        for m in self.all_metrics.values(): m.reset()
+    def before_fit(self, learn): learn.metrics = self
+    def before_epoch(self, learn): self.begun = False
+    def cleanup_epoch(self, learn): self.begun = False
 
     def after_batch(self, learn):
-        if self.metrics: self._update(learn.preds.detach(), learn.batch[self.n_inp])
-        self.loss.update(learn.loss, weight=len(first_tensor(learn.batch)))
+        if not self.begun: self._begin()
+        if self.metrics: self._update(map_tensors(torch.Tensor.detach, learn.preds), _target(learn))
+        self.loss.update(learn.loss, weight=n_items(learn.batch))
+
+    def _begin(self):
+        self.begun = True
+        for m in self.all_metrics.values(): m.reset()
 
     def _update(self, preds, targs):
-        if self.device != preds.device:
-            self.device = preds.device
+        device = getattr(first_tensor(preds), 'device', self.device)
+        if self.device != device:
+            self.device = device
             for m in self.metrics.values():
                 if hasattr(m, 'to'): m.to(self.device)
         for m in self.metrics.values(): m.update(preds, targs)
 
-    def after_epoch(self, learn):
-        vals = {k: _fmt(m.compute()) for k,m in self.all_metrics.items()}
-        self._log(dict(epoch=str(learn.epoch), train='train' if learn.training else 'eval', **vals))
+    def after_epoch(self, learn): self._log(dict(epoch=str(learn.epoch), train='train' if learn.training else 'eval', **self._row()))
+    def _row(self):
+        row = {}
+        for k,m in self.all_metrics.items():
+            val = m.compute()
+            for sub,v in (val.items() if isinstance(val, Mapping) else [(k, val)]): row[f'{k}.{sub}' if sub in row else sub] = _fmt(v)
+        return row
 
-def _fmt(v): return f'{float(v):.3f}' if not isinstance(v, torch.Tensor) or v.numel() == 1 else str(v.tolist())
+    def state_dict(self) -> dict: return dict(begun=self.begun, metrics={k: _state(m) for k,m in self.all_metrics.items()})
+    def load_state_dict(self, state: dict) -> None:
+        self._begin()
+        self.begun = state['begun']
+        for k,v in state['metrics'].items(): _set_state(self.all_metrics[k], v)
+
+# %% ../nbs/04_learner.ipynb #7432410a
+def _check_metrics(named):
+    names = [k for k,_ in named]
+    for k,m in named:
+        if isinstance(m, type): raise TypeError(f'{m.__name__} is a class, not a metric: write {m.__name__}(...)')
+        if not callable(m) and not hasattr(m, 'compute'): raise TypeError(f'{k} is not a metric: it is {_named(m)}')
+        if k == 'loss': raise ValueError('the loss is shown in any case: give your metric another name, MetricsCB(my_loss=...)')
+        if names.count(k) > 1: raise ValueError(f'there are two metrics of the name {k}: name them, MetricsCB(first=..., second=...)')
+
+def _target(learn):
+    _,targs = split_batch(learn)
+    if not targs: raise ValueError('the batch has no target for the metrics to compare with: give the loss alone, MetricsCB()')
+    return targs[0]
+
+def _fmt(v):
+    if isinstance(v, torch.Tensor) and v.numel() > 1: return str(v.tolist())
+    return str(v) if isinstance(v, (str, int)) or not hasattr(v, '__float__') else f'{float(v):.3f}'
+
+def _state(m):
+    "What a checkpoint holds of a metric: torchmetrics have it as `metric_state`, the others as `state_dict()`"
+    return m.metric_state if hasattr(m, 'metric_state') else m.state_dict() if hasattr(m, 'state_dict') else None
+
+def _set_state(m, state):
+    if state is None: warnings.warn(f'{type(m).__name__} has no state to go on from: it begins anew in the middle of the epoch')
+    elif not hasattr(m, 'metric_state'): m.load_state_dict(state)
+    else:
+        for k,v in state.items(): setattr(m, k, v)
 
 # %% ../nbs/04_learner.ipynb #5d1689ac
 class _LossNow:
@@ -343,6 +457,26 @@ class _LossNow:
     def __str__(self):
         loss = getattr(self.learn, 'loss', None)
         return f'{loss.item():.3f}' if isinstance(loss, torch.Tensor) and loss.numel() == 1 else ''
+
+class WrappedDL:
+    "Stands for the loader `dl`, and has all that it has; subclasses say how it is gone through"
+    def __init__(self, dl): self.dl = dl
+    def __iter__(self) -> Iterator: return iter(self.dl)
+    def __len__(self) -> int: return len(self.dl)
+    def __getattr__(self, nm):
+        if nm == 'dl': raise AttributeError(nm) # while it is copied
+        return getattr(self.dl, nm)
+
+class _Bar(WrappedDL):
+    "`dl` with a progress bar below `parent` that shows the loss"
+    def __init__(self, dl, parent, learn): super().__init__(dl); self.parent,self.learn = parent,learn
+    def __iter__(self):
+        from fastprogress.fastprogress import progress_bar
+        try: dl,total = self.dl,len(self.dl)
+        except TypeError: dl,total = _some(self.dl, self.learn.training),'noinfer' # a stream
+        bar = progress_bar(dl, total=total, leave=False, parent=self.parent)
+        bar.comment = _LossNow(self.learn)
+        return iter(bar)
 
 def _some(dl, training):
     "What `dl` gives, at least one: fastprogress stumbles over an empty iterable of unknown length"
@@ -366,16 +500,11 @@ class ProgressCB(Callback):
         if hasattr(learn, 'metrics'): learn.metrics._log = self._log
 
     def _log(self, d):
-        if self.first: self.mbar.write(list(d), table=True)
+        if self.first: self.mbar.write([str(o) for o in d], table=True)
         self.first = False
-        self.mbar.write(list(d.values()), table=True)
+        self.mbar.write([_fmt(o) for o in d.values()], table=True)
 
-    def before_epoch(self, learn):
-        from fastprogress.fastprogress import progress_bar
-        try: dl,total = learn.dl,len(learn.dl)
-        except TypeError: dl,total = _some(learn.dl, learn.training),'noinfer' # a stream
-        learn.dl = progress_bar(dl, total=total, leave=False, parent=self.mbar)
-        learn.dl.comment = _LossNow(learn)
+    def before_epoch(self, learn): learn.dl = _Bar(learn.dl, self.mbar, learn)
 
     def after_batch(self, learn):
         if not (self.plot and learn.training): return
@@ -415,11 +544,16 @@ class ProgressCB(Callback):
             plt.close(bar.graph_fig)
         if hasattr(learn, 'metrics'): vars(learn.metrics).pop('_log', None)
 
+    def state_dict(self) -> dict:
+        self._gather()
+        return dict(losses=self.losses, val_losses=self.val_losses, val_steps=self.val_steps)
+    def load_state_dict(self, state: dict) -> None: vars(self).update({k: list(state[k]) for k in ('losses', 'val_losses', 'val_steps')})
+
 # %% ../nbs/04_learner.ipynb #f4328af0
 class TrainLearner(Learner):
     "A Learner that has the steps of ordinary training: the batch is (inputs, targets)"
-    def predict(self): self.preds = self.model(self.batch[0])
-    def get_loss(self): self.loss = self.loss_func(self.preds, self.batch[1])
+    def predict(self): self.preds = self.model(batch_parts(self.batch)[0])
+    def get_loss(self): self.loss = self.loss_func(self.preds, *batch_parts(self.batch)[1:2])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()
@@ -430,6 +564,7 @@ class MomentumLearner(TrainLearner):
     def __init__(self, model, dls, loss_func, lr=None, cbs=None, opt_func=optim.SGD,
                  mom: float=0.85 # what is kept of the gradients; 0 is plain SGD
     ):
+        if not 0 <= mom <= 1: raise ValueError(f'mom is the share of the gradients that is kept, between 0 and 1, not {mom}')
         self.mom = mom
         super().__init__(model, dls, loss_func, lr, cbs, opt_func)
 
@@ -438,6 +573,36 @@ class MomentumLearner(TrainLearner):
             for p in self.model.parameters():
                 if p.grad is not None: p.grad *= self.mom
 
+# %% ../nbs/04_learner.ipynb #46258982
+_PART = *_STEPS, 'before_batch', 'after_predict', 'after_loss', 'after_backward'
+
+def _take_part(cbs):
+    asking = [getattr(o['method'], '__self__', None) for o in _under_way(_call) if 'method' in o]
+    return [cb for cb in cbs if (any(hasattr(cb, nm) for nm in _PART) if cb.takes_part is None else cb.takes_part)
+            and not any(cb is o for o in asking)] # a callback from which the helper was called would call it again
+
+def _twin(x):
+    "A copy with lists, sets and dicts of its own, so that what is added to them is not added to the original's"
+    res = copy.copy(x)
+    vars(res).update({k: copy.copy(v) for k,v in vars(x).items() if type(v) in (list, set, dict)})
+    return res
+
+@patch
+def fit_aside(self:Learner,
+    cbs=None, # further callbacks, which are run as they are
+    n_epochs: int=1, train: bool=False, valid: bool=False, # pass over `dls.train` and over `dls.valid` in each epoch?
+    opt_func: Callable=None, lr: float=1., # (parameters, lr) → optimizer; `None` where no step is taken
+    model: nn.Module=None # instead of the learner's
+) -> Learner: # the copy, with the batch, predictions and so on that it ended with
+    "Run the loop for a helper's own sake, on a copy with those callbacks that take part in what is computed; also within a fit"
+    learn = _twin(self)
+    learn.cbs = [_twin(cb) for cb in _take_part(self.cbs)] + cb_list(cbs)
+    learn.opt_func,learn._found = opt_func,None
+    if model is not None: learn.model = model
+    vars(learn).pop('metrics', None)
+    with mode_kept(self.model), torch.enable_grad(): learn.fit(n_epochs, train, valid, lr=lr)
+    return learn
+
 # %% ../nbs/04_learner.ipynb #6a8bdeea
 class LRFinderCB(Callback):
     "Raise the learning rate after each batch and plot the losses, until the loss explodes"
@@ -445,10 +610,12 @@ class LRFinderCB(Callback):
         gamma: float=1.3, # the learning rate's factor from batch to batch
         max_mult: float=3 # stop when the loss is this many times its minimum
     ):
-        if gamma <= 1: raise ValueError(f'gamma must be above 1, or the learning rate never grows; it is {gamma}')
+        if not 1 < gamma < math.inf: raise ValueError(f'gamma must be above 1, or the learning rate never grows; it is {gamma}')
+        if not max_mult > 1: raise ValueError(f'max_mult must be above 1, or the search ends at once; it is {max_mult}')
         self.gamma,self.max_mult = gamma,max_mult
 
     def before_fit(self, learn):
+        if not isinstance(learn.opt, optim.Optimizer): raise TypeError(f'a search needs an optimizer of PyTorch, not {_named(learn.opt)}')
         self.sched = optim.lr_scheduler.ExponentialLR(learn.opt, self.gamma)
         self.lrs,self.losses,self.min = [],[],math.inf
 
@@ -476,10 +643,10 @@ def lr_find(self:Learner,
     start_lr: float=1e-5, # the first learning rate
     max_epochs: int=10 # give up after this many
 ) -> None:
-    "Plot the loss against the learning rate, without callbacks that set it; the model's weights are as before afterwards"
-    weights,cbs = {k: v.clone() for k,v in self.model.state_dict().items()},self.cbs
-    self.cbs = [cb for cb in cbs if not getattr(cb, 'sets_lr', False)]
-    try: self.fit(max_epochs, valid=False, lr=start_lr, cbs=LRFinderCB(gamma, max_mult))
+    "Plot the loss against the learning rate, by `fit_aside`; the model's weights are as before afterwards"
+    if not start_lr > 0: raise ValueError(f'start_lr must be above 0, or it never grows, not {start_lr}')
+    weights,grads = copy.deepcopy(self.model.state_dict()),[(p, p.grad) for p in self.model.parameters()]
+    try: self.fit_aside(LRFinderCB(gamma, max_mult), max_epochs, train=True, opt_func=self.opt_func, lr=start_lr)
     finally:
-        self.cbs = cbs
         self.model.load_state_dict(weights)
+        for p,g in grads: p.grad = g

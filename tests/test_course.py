@@ -24,11 +24,11 @@ from miniai.activations import set_seed
 from miniai.conv import collate_device, to_device
 from miniai.datasets import DataLoaders, collate_dict, get_dls, inplace, show_image, show_images
 from miniai.init import BatchTransformCB, GeneralRelu, get_model
-from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, MomentumLearner, ProgressCB, TrainCB, TrainLearner, to_cpu
+from miniai.learner import Callback, DeviceCB, Learner, LRFinderCB, MetricsCB, MomentumLearner, ProgressCB, TrainCB, TrainLearner, to_cpu
 
 # 1
 def test_01_lr_find_plots_although_its_fit_was_cancelled(model, dls):
-    TrainLearner(model, dls, cbs=(rec := Recorder())).lr_find()
+    TrainLearner(model, dls, cbs=(rec := Recorder())).fit(10, lr=1e-5, cbs=LRFinderCB())
     assert 'after_fit' not in rec.seen and rec.seen[-1] == 'cleanup_fit'
     ax = plt.gcf().axes[0]
     assert ax.get_xscale() == 'log' and len(ax.lines[0].get_xdata()) > 5

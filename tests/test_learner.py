@@ -1,14 +1,18 @@
 "The Learner's contract: events and their order, cancelling, steps, metrics, progress"
-import gc, inspect, math, weakref
+import copy, gc, inspect, math, weakref
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
-import pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassAccuracy
 
-from miniai.datasets import DataLoaders
+from miniai.datasets import DataLoaders, TensorLoader
 from miniai.learner import *
+from miniai.learner import WrappedDL
 from miniai.training import accuracy
 from helpers import RaiseCB, Recorder, weights
 
@@ -237,28 +241,293 @@ def test_lr_find_puts_the_weights_back_even_after_an_error(model, dls):
     before = weights(model)
     learn = TrainLearner(model, dls)
     learn.lr_find(); assert torch.equal(before, weights(model))
-    learn.cbs.append(RaiseCB('after_step', ValueError('oops'), n=3))
+    learn.cbs.append(RaiseCB('after_backward', ValueError('oops'), n=3))
     with pytest.raises(ValueError): learn.lr_find()
     assert torch.equal(before, weights(model))
 
 def test_lr_find_leaves_schedulers_out_and_needs_no_validation_data(model, dls):
     from miniai.sgd import BatchSchedCB
     sched = BatchSchedCB(lambda opt: optim.lr_scheduler.OneCycleLR(opt, max_lr=.1, total_steps=4)) # too short for the finder
+    lrs = []
     class Lrs(Callback):
-        def before_fit(self, learn): self.lrs = []
-        def after_predict(self, learn): self.lrs.append(learn.opt.param_groups[0]['lr'])
-    learn = TrainLearner(model, DataLoaders(dls.train, []), cbs=[sched, lrs := Lrs()])
+        def after_predict(self, learn): lrs.append(learn.opt.param_groups[0]['lr'])
+    learn = TrainLearner(model, DataLoaders(dls.train, []), cbs=[sched, cb := Lrs()])
     learn.lr_find(gamma=2, start_lr=1e-4)
-    assert lrs.lrs[:3] == pytest.approx([1e-4, 2e-4, 4e-4]) and learn.cbs == [sched, lrs]
+    assert lrs[:3] == pytest.approx([1e-4, 2e-4, 4e-4]) and learn.cbs == [sched, cb]
 
-def test_lr_find_leaves_out_what_says_that_it_sets_the_learning_rate_and_nothing_else(model, dls):
-    from miniai.sgd import BaseSchedCB, BatchSchedCB, EpochSchedCB
-    class HasSched(Recorder): sched = 'the noise of a diffusion model'
-    class Warm(Recorder): sets_lr = True
-    kept,out = HasSched(),Warm()
-    TrainLearner(model, dls, cbs=[kept, out]).lr_find()
-    assert 'before_fit' in kept.seen and out.seen == []
-    assert BaseSchedCB.sets_lr and BatchSchedCB.sets_lr and EpochSchedCB.sets_lr and not Callback.sets_lr
+@pytest.mark.parametrize('bad', [dict(start_lr=0), dict(gamma=1), dict(gamma=math.nan), dict(gamma=math.inf), dict(max_mult=1)])
+def test_what_lr_find_refuses(model, dls, bad):
+    with pytest.raises(ValueError, match='must be above'): TrainLearner(model, dls).lr_find(**bad)
+
+# --- fits aside
+
+class Watch(Callback):
+    "Keeps results in its own ways, as a user's recorder would"
+    def __init__(self): self.n,self.lrs,self.seen = 0,[],set()
+    def after_batch(self, learn): self.n += 1; self.lrs.append(learn.iter); self.seen.add(learn.epoch)
+
+class Counts(Watch):
+    "Takes part, and keeps results"
+    def before_batch(self, learn): self.n += 1; self.lrs.append(learn.iter)
+
+HELPERS = dict(lr_find=lambda learn: learn.lr_find(), summary=lambda learn: learn.summary(), preds=lambda learn: learn.capture_preds(),
+               aside=lambda learn: learn.fit_aside(train=True, opt_func=optim.SGD, lr=1e-9))
+
+def state(learn): return {k: v for k,v in vars(learn).items() if k != '_found'}
+
+@pytest.mark.parametrize('helper', HELPERS)
+@pytest.mark.parametrize('when', ['before', 'after', 'within'])
+def test_a_helpers_own_fit_leaves_everything_as_it_was(model, dls, helper, when):
+    import miniai.augment # noqa: F401
+    cbs = [TrainCB(), metrics := MetricsCB(mae=MeanAbsoluteError()), prog := ProgressCB(plot=True), watch := Watch(), counts := Counts()]
+    learn = Learner(model, dls, lr=.01, cbs=cbs)
+    weight = []
+    def look(learn):
+        def results(): return copy.deepcopy((vars(watch), counts.n, counts.lrs, getattr(prog, 'losses', None)))
+        was = state(learn),weights(model),results()
+        HELPERS[helper](learn)
+        now = state(learn),weights(model),results()
+        assert was[0].keys() == now[0].keys() and all(was[0][k] is now[0][k] for k in was[0])
+        if helper != 'aside': assert torch.equal(was[1], now[1])
+        assert was[2:] == now[2:]
+        weight.append(1)
+    class Within(Callback):
+        order = 200
+        def after_batch(self, learn):
+            if learn.iter == 2 and learn.epoch == 1: look(learn)
+    if when != 'before': learn.fit(2, cbs=Within() if when == 'within' else None)
+    if when != 'within': look(learn)
+    assert weight and learn.cbs == cbs
+    if when != 'before': assert len(prog.losses) == 22 and math.isfinite(metrics.loss.compute()) and metrics.loss.weights == 69
+
+def test_a_look_in_the_middle_does_not_change_where_the_fit_ends(model, dls):
+    import miniai.augment # noqa: F401
+    def ended(cb=None):
+        m = nn.Linear(4, 1)
+        m.load_state_dict(start)
+        learn = Learner(m, dls, lr=.01, cbs=TrainCB(), opt_func=optim.Adam)
+        learn.fit(3, cbs=cb)
+        return weights(m),learn.opt.param_groups[0]['lr']
+    class Look(Callback):
+        def after_backward(self, learn): learn.capture_preds(); learn.lr_find(); plt.close() # gradients are there, and are to stay
+        def after_epoch(self, learn): learn.summary()
+    start = {k: v.clone() for k,v in model.state_dict().items()}
+    (a,lr),(b,lr_) = ended(),ended(Look())
+    assert torch.equal(a, b) and lr == lr_ == .01
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'after_batch', 'after_epoch', 'after_fit', 'cleanup_fit'])
+def test_a_fit_within_its_own_fit_is_refused(model, dls, event):
+    again = Callback()
+    setattr(again, event, lambda learn: learn.fit(1))
+    learn = TrainLearner(model, dls)
+    with pytest.raises(RuntimeError, match='in the middle of a fit'): learn.fit(1, cbs=again)
+    learn.fit(1)
+    other = TrainLearner(model, dls)
+    again.before_fit = lambda l: other.fit(1) if l is learn else None
+    vars(again).pop(event) if event != 'before_fit' else None
+    learn.fit(1, cbs=again) # that of another learner is not
+
+def test_what_takes_part(model, dls):
+    class Marked(Watch): takes_part = True
+    class Not(Counts): takes_part = False
+    class Own(Callback):
+        def get_loss(self, learn): pass
+    cbs = [TrainCB(), DeviceCB('cpu'), MetricsCB(), Watch(), Counts(), Marked(), Not(), Own(), SingleBatchCB()]
+    aside = Learner(model, dls, cbs=cbs).fit_aside(cb := Watch(), valid=True)
+    assert [type(o).__name__ for o in aside.cbs] == ['TrainCB', 'DeviceCB', 'Counts', 'Marked', 'Own', 'Watch']
+    assert cb.n == 5 and not any(o in cbs for o in aside.cbs) and aside.cbs[-1] is cb
+
+def test_a_helper_may_train_where_gradients_are_off(model, dls):
+    with torch.no_grad(): TrainLearner(model, dls).lr_find()
+
+# --- cleanups
+
+@pytest.mark.parametrize('exc', [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize('level', ['batch', 'epoch', 'fit'])
+def test_a_cleanup_that_fails_does_not_skip_the_others(model, dls, level, exc):
+    rec = Recorder(order=20)
+    learn = TrainLearner(model, dls, cbs=[RaiseCB(f'cleanup_{level}', exc('oops')), rec])
+    with pytest.raises(exc, match='oops') as e: learn.fit(1)
+    assert rec.seen[-1] == 'cleanup_fit'
+    for o in ('batch', 'epoch', 'fit'): assert rec.seen.count(f'cleanup_{o}') == rec.seen.count(f'before_{o}')
+    if exc is ValueError: assert 'RaiseCB' in e.value.__notes__[0]
+    learn.cbs = [rec]
+    learn.fit(1)
+
+# --- batches, predictions and metrics of every kind
+
+@dataclass
+class Out:
+    logits: torch.Tensor
+    name: str = 'x'
+
+class Wrap(nn.Module):
+    def __init__(self, wrap): super().__init__(); self.lin,self.wrap = nn.Linear(4, 3),wrap
+    def forward(self, x): return self.wrap(self.lin(x))
+
+WRAPS = dict(tensor=(lambda t: t, lambda p: p), tuple=(lambda t: (t, t.sum()), lambda p: p[0]),
+             dict=(lambda t: dict(logits=t, n=3), lambda p: p['logits']), fields=(Out, lambda p: p.logits),
+             simple=(lambda t: SimpleNamespace(a=t), lambda p: p.a), nested=(lambda t: [dict(a=(t,))], lambda p: p[0]['a'][0]))
+
+@pytest.fixture
+def classes():
+    gen = torch.Generator().manual_seed(0)
+    def batches(*sizes): return [(torch.randn(n, 4, generator=gen), torch.randint(3, (n,), generator=gen)) for n in sizes]
+    return DataLoaders(batches(8, 8, 3), batches(16, 5))
+
+@pytest.mark.parametrize('wrap', WRAPS)
+def test_predictions_may_be_anything(classes, wrap):
+    import miniai.augment # noqa: F401
+    make,tensor = WRAPS[wrap]
+    metrics = MetricsCB(acc=lambda p,y: accuracy(tensor(p), y))
+    learn = Learner(Wrap(make), classes, lambda p,y: F.cross_entropy(tensor(p), y), lr=.1, cbs=[TrainCB(), metrics, ProgressCB()])
+    learn.fit(1)
+    xs,ys = map(torch.cat, zip(*classes.valid))
+    with torch.no_grad(): right = learn.model.lin(xs)
+    preds,targs = learn.capture_preds()
+    if wrap in ('fields', 'simple'): assert isinstance(preds, type(make(xs)))
+    assert torch.allclose(tensor(preds), right, atol=1e-6) and torch.equal(targs, ys)
+    assert float(metrics.metrics['acc'].compute()) == pytest.approx(accuracy(right, ys).item())
+
+@pytest.mark.parametrize('make', [lambda x,y: (x, y), lambda x,y: [x, y], lambda x,y: dict(image=x, label=y),
+                                  lambda x,y: SimpleNamespace(x=x, y=y)])
+@pytest.mark.parametrize('cls', [TrainLearner, Learner])
+def test_batches_may_be_anything(classes, make, cls):
+    import miniai.augment # noqa: F401
+    data = DataLoaders(*[[make(*b) for b in dl] for dl in (classes.train, classes.valid)])
+    metrics = MetricsCB(accuracy)
+    torch.manual_seed(0)
+    learn = cls(nn.Linear(4, 3), data, F.cross_entropy, lr=.1, cbs=[DeviceCB('cpu'), metrics] + ([TrainCB()] if cls is Learner else []))
+    learn.fit(1)
+    xs,ys = map(torch.cat, zip(*classes.valid))
+    preds,targs,inps = learn.capture_preds(inps=True)
+    assert torch.equal(targs, ys) and torch.equal(inps, xs) and metrics.loss.weights == 21
+    assert float(metrics.metrics['accuracy'].compute()) == pytest.approx(accuracy(preds, ys).item())
+
+@pytest.mark.parametrize('cls', [TrainLearner, partial(Learner, cbs=TrainCB())])
+def test_bare_tensors_are_whole_batches(cls):
+    seen = []
+    class Net(nn.Linear):
+        def forward(self, x): seen.append(x.shape); return super().forward(x)
+    x = torch.randn(6, 4)
+    cls(Net(4, 1), DataLoaders([x], [x]), lambda p: p.square().mean()).fit(1)
+    assert seen == [(6, 4)]*2
+
+def test_what_cannot_be_done_is_said_by_name(model, classes):
+    with pytest.raises(TypeError, match='this one is a int'): Learner(model, DataLoaders([3], []), cbs=TrainCB()).fit(1)
+    with pytest.raises(ValueError, match='no target for the metrics'):
+        Learner(nn.Linear(4, 3), DataLoaders([(torch.ones(2, 4),)], []), lambda p: p.mean(), cbs=[TrainCB(), MetricsCB(accuracy)]).fit(1)
+
+def test_captured_targets_are_all_that_the_model_did_not_get():
+    import miniai.augment # noqa: F401
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(4, 1)
+        def forward(self, a, b): return self.lin(a+b)
+    batches = [(torch.ones(n, 4), torch.ones(n, 4), torch.arange(n), [f'{n}.{i}' for i in range(n)]) for n in (3, 2)]
+    learn = Learner(Two(), DataLoaders([], batches), lambda p,y,nm: p.mean(), cbs=TrainCB(n_inp=2))
+    preds,(y,nm),inps = learn.capture_preds(inps=True)
+    assert preds.shape == (5, 1) and y.tolist() == [0, 1, 2, 0, 1] and nm == ['3.0', '3.1', '3.2', '2.0', '2.1']
+    assert [len(o) for o in inps] == [5, 5]
+
+def test_predictions_of_different_structure_cannot_be_joined(classes):
+    import miniai.augment # noqa: F401
+    learn = Learner(Wrap(lambda t: (t,)*(len(t)//5)), classes, lambda p,y: p[0].mean(), cbs=TrainCB())
+    with pytest.raises(ValueError, match='predictions of all batches'): learn.capture_preds()
+
+METRICS = dict(bools=lambda p,y: p.argmax(1) == y, tensor=lambda p,y: METRICS['bools'](p, y).float().mean(),
+               float=lambda p,y: METRICS['tensor'](p, y).item(), array=lambda p,y: METRICS['bools'](p, y).numpy(),
+               numpy=lambda p,y: np.mean(METRICS['array'](p, y)))
+
+@pytest.mark.parametrize('kind', METRICS)
+@pytest.mark.parametrize('as_dict', [False, True])
+def test_metrics_may_return_any_numbers(classes, kind, as_dict, capsys):
+    f = METRICS[kind]
+    metrics = MetricsCB(it=(lambda p,y: dict(share=f(p, y), two=2)) if as_dict else f)
+    learn = Learner(nn.Linear(4, 3), classes, F.cross_entropy, cbs=[TrainCB(), metrics])
+    learn.fit(1)
+    xs,ys = map(torch.cat, zip(*classes.valid))
+    with torch.no_grad(): right = accuracy(learn.model(xs), ys).item()
+    got = metrics.metrics['it'].compute()
+    assert float(got['share'] if as_dict else got) == pytest.approx(right)
+    assert (f"'share': '{right:.3f}', 'two': '2.000'" if as_dict else f"'it': '{right:.3f}'") in capsys.readouterr().out
+
+def test_metrics_of_one_name_and_others_that_would_be_lost():
+    twice = ([accuracy]*2, {}),([MeanAbsoluteError()]*2, {}),([accuracy], dict(accuracy=accuracy)),([lambda p,y: 1, lambda p,y: 2], {})
+    for ms,kw in twice:
+        with pytest.raises(ValueError, match='two metrics of the name'): MetricsCB(*ms, **kw)
+    with pytest.raises(ValueError, match='another name'): MetricsCB(loss=accuracy)
+    for bad in (3, None, 'acc'):
+        with pytest.raises(TypeError, match='not a metric'): MetricsCB(acc=bad)
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'after_epoch', 'cleanup_epoch'])
+def test_a_subclass_may_replace_any_event_without_asking_its_parent(classes, event):
+    class Mine(MetricsCB): pass
+    setattr(Mine, event, lambda self, learn: None)
+    metrics = Mine(accuracy)
+    learn = Learner(nn.Linear(4, 3), classes, F.cross_entropy, lr=0., cbs=[TrainCB(), metrics])
+    learn.fit(2)
+    metrics.loss.add_up()
+    assert metrics.loss.weights == 21
+
+def test_a_table_of_numbers_in_a_terminal(classes, capsys):
+    class Epochs(Callback):
+        def before_fit(self, learn): learn.metrics = self
+        def after_epoch(self, learn): self._log(dict(epoch=learn.epoch, loss=learn.loss.item(), best=None, left=learn.n_epochs-learn.epoch))
+    TrainLearner(nn.Linear(4, 3), classes, F.cross_entropy, cbs=[Epochs(), ProgressCB()]).fit(2, valid=False)
+    out = capsys.readouterr().out
+    assert [l.split()[::2] for l in out.splitlines() if l[:1] in ('0', '1')] == [['0', 'None'], ['1', 'None']]
+
+class Group(Callback):
+    "As GradAccumCB: asks the loader, after the bar has been put around it"
+    order = 9
+    def before_epoch(self, learn): self.seen = len(learn.dl),learn.dl.bs,getattr(learn.dl, 'none', None)
+
+def test_what_wraps_the_loader_keeps_what_the_loader_has(model):
+    x = torch.randn(20, 4)
+    dl = TensorLoader(x, x.sum(1, keepdim=True), bs=8)
+    TrainLearner(model, DataLoaders(dl, dl), cbs=[ProgressCB(), group := Group()]).fit(1)
+    assert group.seen == (3, 8, None)
+    wrapped = WrappedDL(dl)
+    assert len(copy.copy(wrapped)) == 3 and len(list(wrapped)) == 3 and wrapped.tensors is dl.tensors
+
+def test_the_state_of_metrics_and_curves_goes_on(classes):
+    "What CheckpointCB asks for in the middle of an epoch"
+    def make(): return MetricsCB(accuracy, mae=MeanAbsoluteError(), two=lambda p,y: dict(a=1., b=p.mean())),ProgressCB(plot=True)
+    def fit(cbs, *more):
+        torch.manual_seed(0)
+        Learner(nn.Linear(4, 3), classes, F.cross_entropy, lr=0., cbs=[TrainCB(), *cbs, *more, Callback()]).fit(1, valid=False)
+    class Keep(Callback):
+        order = 100
+        def after_batch(self, learn):
+            if learn.iter == 1: self.states = [copy.deepcopy(cb.state_dict()) for cb in learn.cbs[1:3]]
+    class Restore(Callback):
+        order = 100
+        def before_epoch(self, learn):
+            for cb,s in zip(learn.cbs[1:3], keep.states): cb.load_state_dict(s)
+            learn.dl = list(learn.dl)[2:]
+    class Sum(MeanAbsoluteError):
+        def update(self, preds, targs): super().update(preds.argmax(1).float(), targs.float())
+    whole,resumed,keep = make(),make(),Keep()
+    for m,_ in (whole, resumed): m.metrics['mae'] = m.all_metrics['mae'] = Sum()
+    fit(whole, keep); fit(resumed, Restore())
+    assert resumed[1].losses == whole[1].losses
+    for a,b in zip(whole[0].all_metrics.values(), resumed[0].all_metrics.values()): assert a.compute() == b.compute()
+
+def test_a_loss_that_is_no_number_is_said_once_an_epoch(model, dls):
+    bad = DataLoaders([(x*math.nan, y) for x,y in dls.train], [])
+    with pytest.warns(UserWarning, match='the loss is nan after epoch 0') as w: TrainLearner(model, bad).fit(1, valid=False)
+    assert len(w) == 1
+
+def test_what_a_careful_person_gets_wrong_is_said_where_it_is_given(model, dls):
+    with pytest.raises(TypeError, match=r'write CrossEntropyLoss\(...\)'): Learner(model, dls, nn.CrossEntropyLoss)
+    with pytest.raises(TypeError, match='model is the class Linear'): Learner(nn.Linear, dls)
+    with pytest.raises(TypeError, match='loss_func is a function'): Learner(model, dls, 'mse')
+    for bad in (1.5, None, math.nan, -1, '3'):
+        with pytest.raises(TypeError, match='n_epochs'): TrainLearner(model, dls).fit(bad)
+    for bad in (0, 'bf16', 1.5):
+        with pytest.raises(TypeError, match='n_inp'): TrainCB(bad)
+    with pytest.raises(ValueError, match='mom is the share'): MomentumLearner(model, dls, F.mse_loss, mom=5)
+    TrainLearner(model, dls).fit(np.int64(1))
 
 def test_momentum_learner_has_its_default_and_plain_sgd_as_a_special_case(dls):
     def trained(cls, **kw):
