@@ -42,18 +42,19 @@ _GENERATORS = { # how the state of each kind is read, and put back
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state)}
 
 def _kind(g): return next((k for k in _GENERATORS if isinstance(g, k)), None)
-def _global(): return [random.getstate.__self__, np.random.get_state.__self__, torch.default_generator]
+def _get(g): return _GENERATORS[_kind(g)][0](g)
+def _set(g, state): _GENERATORS[_kind(g)][1](g, state)
 
 # %% ../nbs/20_checkpoints.ipynb #ckheldxx
 def _parts(o):
     if isinstance(o, (torch.Tensor, type, ModuleType)): return []
     if isinstance(o, (list, tuple, Mapping)): return list(o.values() if isinstance(o, Mapping) else o) if len(o) < 100 else []
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
-    held = [v for k,v in getattr(o, '__dict__', {}).items() if k != '_iterator'] # that of a loader comes and goes
-    return [*held, getattr(o, '__self__', None), *(c.cell_contents for c in getattr(o, '__closure__', None) or ())]
+    attrs = [v for k,v in getattr(o, '__dict__', {}).items() if k != '_iterator'] # a DataLoader's, which comes and goes
+    return [*attrs, getattr(o, '__self__', None), *(c.cell_contents for c in getattr(o, '__closure__', None) or ())]
 
 def _held(*roots):
-    "The generators that `roots` hold: in attributes, lists, dicts, methods, partial functions and closures, however nested"
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions and closures"
     found,seen,todo = [],set(),[(o, 0) for o in roots]
     for o,depth in todo: # which grows meanwhile
         if id(o) in seen or depth > 9: continue
@@ -63,23 +64,26 @@ def _held(*roots):
     return found
 
 # %% ../nbs/20_checkpoints.ipynb #ckrandom
-def _all_generators(loaders): return [*_global(), *_held(*loaders), *torch.cuda.default_generators]
+def _all(loaders):
+    mine = random.getstate.__self__,np.random.get_state.__self__,torch.default_generator
+    return [*mine, *_held(*loaders), *torch.cuda.default_generators]
+
 def _inner(dl): return _inner(dl.dl) if isinstance(dl, WrappedDL) else dl
-def _working(dl): return getattr(dl, '_iterator', None) is not None # does a DataLoader have persistent workers at work?
+def _working(dl): return getattr(dl, '_iterator', None) is not None # are there persistent workers, at work?
 
 def _random_state(*loaders):
     "The state of every generator of random numbers: the global ones, and those that the loaders hold"
-    return dict(states=[_GENERATORS[_kind(g)][0](g) for g in _all_generators(loaders)], working=[_working(dl) for dl in loaders])
+    return dict(states=[_get(g) for g in _all(loaders)], working=[_working(dl) for dl in loaders])
 
 def _set_random_state(state, *loaders):
     for dl,working in zip(map(_inner, loaders), state['working']): # new workers draw a seed, those that are at work do not
         if working and not _working(dl): iter(dl)
         if _working(dl) and not working: dl._iterator = None
-    for g,s in zip(_all_generators(loaders), state['states']): _GENERATORS[_kind(g)][1](g, s)
+    for g,s in zip(_all(loaders), state['states']): _set(g, s)
 
 # %% ../nbs/20_checkpoints.ipynb #724eca90
 class _Replay(WrappedDL):
-    "`dl` from batch `skipped` on, in the order that it had: `began` is the random state from which that was drawn, `now` the one to go on with"
+    "`dl` from batch `skipped` on, in the order that was drawn from the random state `began`; after it, `now` is put back"
     def __init__(self, dl, loaders, skipped=0, began=None, now=None):
         super().__init__(dl)
         self.loaders,self.skipped,self.began,self.now = loaders,skipped,began,now
@@ -87,60 +91,56 @@ class _Replay(WrappedDL):
         if not self.skipped: self.began = _random_state(*self.loaders)
         else: _set_random_state(self.began, *self.loaders)
         it = iter(self.dl)
-        if self.skipped:
-            _check_enough(sum(1 for _ in islice(it, self.skipped)), self.skipped)
-            _set_random_state(self.now, *self.loaders)
+        if self.skipped: self._skip(it)
         yield from it
-
-def _check_enough(n, skipped):
-    if n < skipped: raise ValueError(f'{skipped} batches of this epoch were done, but now dls.train has only {n}')
+    def _skip(self, it):
+        n = sum(1 for _ in islice(it, self.skipped))
+        if n < self.skipped: raise ValueError(f'{self.skipped} batches of this epoch were done, but now dls.train has only {n}')
+        _set_random_state(self.now, *self.loaders)
 
 # %% ../nbs/20_checkpoints.ipynb #d443b30a
 def _plain(x):
-    "Tensors on the CPU, NumPy's numbers and arrays as Python's: what `weights_only` can read"
-    if isinstance(x, torch.Tensor): return x.detach().cpu()
+    "Tensors on the CPU, and what is NumPy's as Python's, in lists, tuples and dicts"
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x # a part would be written with the whole
     if isinstance(x, (np.generic, np.ndarray)): return x.tolist()
     if isinstance(x, Mapping): return (type(x) if type(x) in (OrderedDict, Counter) else dict)({_plain(k): _plain(v) for k,v in x.items()})
     return type(x)(map(_plain, x)) if type(x) in (list, tuple) else x
 
-def _pack(rest):
-    torch.save(_plain(rest), file := io.BytesIO())
+def _pack(state):
+    torch.save(_plain(state), file := io.BytesIO())
     return file.getvalue()
 
 def _unpack(data):
     with zipfile.ZipFile(io.BytesIO(data)) as z:
-        if sum(o.file_size for o in z.infolist()) > len(data): raise ValueError('it would grow when unpacked')
+        if sum(o.file_size for o in z.infolist()) > len(data): raise ValueError('rest.pt would grow when it is unpacked')
     return torch.load(io.BytesIO(data), weights_only=True, map_location='cpu')
 
 # %% ../nbs/20_checkpoints.ipynb #ckreadxx
 class _Damaged(ValueError): pass
-_NEEDED = {'model.safetensors', 'rest.pt'}
 
 def _bytes(path, size=10**6):
-    "All of a file of at most `size` bytes"
     info = path.lstat()
-    if not stat.S_ISREG(info.st_mode): raise ValueError(f'{path.name} is not a file')
-    if info.st_size > size: raise ValueError(f'{path.name} is too large')
+    if not stat.S_ISREG(info.st_mode) or info.st_size > size: raise ValueError(f'{path.name} is not a file of at most {size} bytes')
     return path.read_bytes()
 
 def _contents(path):
     "The files of a checkpoint by name: exactly those of its checksums.json. Sizes are looked at before anything is read"
     found = {p.name: p for p in path.iterdir() if not p.name.startswith('.')}
-    if not (_NEEDED | {'checksums.json'}) <= found.keys(): raise ValueError(f'it has only {sorted(found)}')
+    if missing := {'model.safetensors', 'rest.pt', 'checksums.json'} - found.keys(): raise ValueError(f'it has no {" and no ".join(missing)}')
     sums = json.loads(_bytes(found.pop('checksums.json')))
-    if sums and all(isinstance(o, str) for o in sums.values()): raise NotImplementedError(_OLD.format(path))
-    if sums.keys() != found.keys(): raise ValueError(f'it has the files {sorted(found)}, but checksums of {sorted(sums)}')
-    for nm,p in found.items():
-        if p.lstat().st_size != sums[nm]['size']: raise ValueError(f'{nm} has not the size that it had')
+    _check_version(path, sums)
+    if odd := [nm for nm in sums | found if nm not in sums or nm not in found or found[nm].lstat().st_size != sums[nm]['size']]:
+        raise ValueError(f'{odd[0]} is missing, strange or not of the size that it had')
     files = {nm: _bytes(p, sums[nm]['size']) for nm,p in found.items()}
-    for nm,data in files.items():
-        if hashlib.sha256(data).hexdigest() != sums[nm]['sha256']: raise ValueError(f'{nm} is not as it was written')
+    if odd := [nm for nm,data in files.items() if _sha256(data) != sums[nm]['sha256']]: raise ValueError(f'{odd[0]} is not as it was written')
     return files
 
-_OLD = '{} was written by an earlier version of miniai, which this one cannot read: finish that fit with it, or begin anew in another folder'
+def _sha256(data): return hashlib.sha256(data).hexdigest()
 
 def _read(path):
-    "Weights by name, and the rest"
+    "The weights of a checkpoint by name, and the rest"
     try:
         files = _contents(path)
         rest = _unpack(files.pop('rest.pt'))
@@ -148,42 +148,43 @@ def _read(path):
     except (OSError, NotImplementedError): raise # a file that may not be read is not damaged
     except Exception as e: raise _Damaged(f'{path} is damaged: {e}') from e
 
-# %% ../nbs/20_checkpoints.ipynb #ckwritex
-def _write_file(path, data):
-    with open(path, 'xb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+def _check_version(path, sums):
+    if any(isinstance(o, str) for o in sums.values()):
+        raise NotImplementedError(f'{path} was written by an earlier version of miniai, in a form that this one does not read: '
+                                  'finish that fit with it, or begin anew in another folder')
 
-def _sync(folder):
-    "Have the disk keep the names in a folder, too (where the system knows that)"
+# %% ../nbs/20_checkpoints.ipynb #ckwritex
+def _sync(path, flags=os.O_RDONLY):
+    "Have the disk keep a file, or the names in a folder (where the system can)"
     if os.name != 'posix': return
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(path, flags)
     try: os.fsync(fd)
     finally: os.close(fd)
 
 def _write(path, weights, rest):
     "A checkpoint, at `path` wholly or not at all: written elsewhere, synced, read back, and only then given its name"
-    tmp = path.with_name('.unfinished')
     files = {f'{k}.safetensors': save({n: o.detach().cpu().contiguous().clone() for n,o in w.items()}) for k,w in weights.items()}
     files['rest.pt'] = _pack(rest)
-    sums = {nm: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for nm,data in files.items()}
+    sums = {nm: dict(size=len(data), sha256=_sha256(data)) for nm,data in files.items()}
+    tmp = path.with_name('.unfinished')
     try:
         tmp.mkdir()
-        for nm,data in (files | {'checksums.json': json.dumps(sums, indent=1).encode()}).items(): _write_file(tmp/nm, data)
+        for nm,data in (files | {'checksums.json': json.dumps(sums, indent=1).encode()}).items():
+            (tmp/nm).write_bytes(data)
+            _sync(tmp/nm)
         _sync(tmp)
         _read(tmp)
         tmp.rename(path)
         _sync(path.parent)
-    except OSError as e: raise type(e)(e.errno, _NOT_WRITTEN.format(path, e.strerror)) from e
+    except OSError as e:
+        raise OSError(e.errno, f'the checkpoint {path} could not be written ({e.strerror}): nothing unfinished is left, older ones stand') from e
+    except _Damaged as e: raise TypeError(f'the checkpoint {path} could not be read back, and was not kept: {e}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
-
-_NOT_WRITTEN = 'the checkpoint {} could not be written ({}): nothing unfinished was left, and older checkpoints stand'
 
 # %% ../nbs/20_checkpoints.ipynb #cklistxx
 def _number(path):
     "Step and turn of a checkpoint by its name, `None` for a stranger"
-    m = re.fullmatch(r'step-([0-9]{9,})(?:-([0-9]+))?', path.name)
+    m = re.fullmatch('step-([0-9]{9,})(?:-([0-9]+))?', path.name)
     return m and (int(m[1]), int(m[2] or 0))
 
 def _kept(folder):
@@ -191,34 +192,27 @@ def _kept(folder):
     return sorted((p for p in folder.iterdir() if _number(p) and not p.is_symlink() and p.is_dir()), key=_number)
 
 def _free(folder, step):
-    "A name for a checkpoint of this step; a second one has it with the next turn"
+    "A name for a checkpoint of this step: a second one gets the next turn"
     turns = [n[1] for p in folder.iterdir() if (n := _number(p)) and n[0] == step]
     return folder/(f'step-{step:09d}' + (f'-{max(turns)+1}' if turns else ''))
 
+# %% ../nbs/20_checkpoints.ipynb #ckprunex
 def _newest(folder):
     "The newest checkpoint that can be read, or `None`, and those after it, which cannot"
     damaged = []
     for path in reversed(_kept(folder)):
         try: _read(path)
-        except _Damaged as e:
-            warnings.warn(f'{e}: taking the one before it')
-            damaged.append(path)
+        except _Damaged as e: damaged.append(path); warnings.warn(f'{e}: taking the one before it')
         else: return path,damaged
     return None,damaged
 
-def _remove(path):
-    "At once, as far as its name goes"
-    gone = path.with_name('.unfinished')
-    path.rename(gone)
-    shutil.rmtree(gone)
-
 def _prune(new, keep, damaged=()):
-    "Remove what `new`, which is written, takes the place of: what is damaged, its twin, and all but the last `keep`"
+    "Remove what `new`, which is written, takes the place of: what is damaged, another one of its step, and all but the last `keep`"
     old = [p for p in _kept(new.parent) if p != new]
     good = [p for p in old if p not in damaged and _number(p)[0] != _number(new)[0]]
-    stay = good[len(good)+1-keep:] if len(good) >= keep else good
-    for p in old:
-        if p not in stay: _remove(p)
+    for p in set(old) - set(good[max(0, len(good)+1-keep):]):
+        p.rename(gone := new.with_name('.unfinished')) # at once, so that there is never half a checkpoint
+        shutil.rmtree(gone)
 
 # %% ../nbs/20_checkpoints.ipynb #56e6e404
 def _named(cbs):
@@ -232,68 +226,68 @@ def _named(cbs):
 def _stateful(cbs):
     return {k: cb for k,cb in _named(cbs).items() if hasattr(cb, 'load_state_dict') and (is_main() or not getattr(cb, 'main_only', False))}
 
-def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
-
 def _plan(learn):
     "What a fit is made of, line by line"
-    dl,opt,cbs = learn.dl,getattr(learn.opt, 'optimizer', learn.opt),_stateful(learn.cbs) # accelerate has the optimizer inside
-    lines = {'epochs': learn.n_epochs, 'batches an epoch': _length(dl), 'batch size': getattr(dl, 'batch_size', getattr(dl, 'bs', None)),
-             'items': _length(getattr(dl, 'dataset', getattr(dl, 'tensors', (None,))[0])),
-             'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
-             'generators of the loaders': [type(g).__name__ for g in _held(*_loaders(learn))], 'processes': _processes(),
-             'optimizer': type(opt).__name__, 'callbacks with a state': sorted(k for k,cb in cbs.items() if _matters(cb))}
+    opt,cbs = getattr(learn.opt, 'optimizer', learn.opt),_stateful(learn.cbs) # accelerate has the optimizer inside
+    lines = {'epochs': learn.n_epochs} | _data_lines(learn.dl, _loaders(learn))
+    lines |= {'optimizer': type(opt).__name__, 'callbacks': sorted(k for k,cb in cbs.items() if _matters(cb))}
     for i,group in enumerate(getattr(opt, 'param_groups', [])):
-        lines |= {k + (f' of parameter group {i}' if i else ''): v for k,v in group.items() if k not in _HOW}
+        lines |= {f'{k} of parameter group {i}': v for k,v in group.items() if k not in _HOW}
     for nm,cb in cbs.items():
-        if isinstance(cb, BaseSchedCB): lines |= {f'schedule of {nm}': type(cb.schedo).__name__, **{f'{k} of {nm}': v for k,v in cb.state_dict().items()}}
+        if isinstance(cb, BaseSchedCB): lines |= {f'{k} of {nm}': v for k,v in (dict(kind=type(cb.schedo).__name__) | cb.state_dict()).items()}
     lines |= {f'weight {k}': f'{tuple(o.shape)} {o.dtype}' for k,o in unwrap_model(learn.model).state_dict().items()}
-    return {k: _text(v) for k,v in (lines | {nm: metadata.version(nm) for nm in _VERSIONS}).items()}
+    return {k: _text(v) for k,v in lines.items()} | {nm: metadata.version(nm) for nm in _VERSIONS}
 
 _HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
 _VERSIONS = 'torch', 'numpy'
-def _weights(plan): return {k: v for k,v in plan.items() if k.startswith('weight ')}
+def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
 def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
 def _text(v): return re.sub(' at 0x[0-9a-f]+', '', str(v.tolist() if isinstance(v, torch.Tensor) else _plain(v)))
+
+# %% ../nbs/20_checkpoints.ipynb #ckdataxx
+def _data_lines(dl, loaders):
+    return {'batches an epoch': _length(dl), 'batch size': getattr(dl, 'batch_size', getattr(dl, 'bs', None)),
+            'items': _length(getattr(dl, 'dataset', next(iter(getattr(dl, 'tensors', ())), None))),
+            'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
+            'generators of the loaders': [type(g).__name__ for g in _held(*loaders)], 'processes': _place()[1]}
+
 def _length(o):
     try: return len(o)
     except TypeError: return None
 
 # %% ../nbs/20_checkpoints.ipynb #cksamexx
 def _check_same(path, was, now):
-    "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions no more than a warning"
-    def odd(keys): return [k for k in keys if was.get(k, 'nothing') != now.get(k, 'nothing')]
+    "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions are worth a warning"
+    def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
     def lines(keys): return [f'{k}: {was.get(k, "nothing")[:99]} in the checkpoint, {now.get(k, "nothing")[:99]} here' for k in keys]
-    if versions := odd(_VERSIONS): warnings.warn(f'{path} is of other versions, so numbers may differ a little: {"; ".join(lines(versions))}')
-    differ = odd([k for k in was | now if k not in _VERSIONS and (not versions or k in was and k in now)])
-    if not [k for k in differ if k != 'epochs']: return
+    if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
+    differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
+    if not set(differ) - {'epochs'}: return
     more = [f'and {len(differ)-8} more'] if len(differ) > 8 else []
     raise ValueError('\n'.join([f'{path} is of another fit than this one:', *lines(differ[:8]), *more,
         'resume=True goes on with the same fit: make it as it was, or begin another one in another folder']))
 
 # %% ../nbs/20_checkpoints.ipynb #cktogeth
-def _processes():
+def _place():
+    "The rank of this process, and how many there are"
     dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-def _rank(): return torch.distributed.get_rank() if _processes() > 1 else 0
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 def _gather(x):
     "`x` of every process"
-    res = [x]*_processes()
+    res = [x]*_place()[1]
     if len(res) > 1: torch.distributed.all_gather_object(res, x)
     return res
 
 def _on_main(f, *args):
     "What `f(*args)` gives the main process; where it fails, all of them have its error"
-    res = error = None
+    said = [None, None]
     if is_main():
-        try: res = f(*args)
-        except Exception as e: error = e
-    if _processes() > 1:
-        torch.distributed.broadcast_object_list(said := [res, error])
-        res,error = said
-    if error: raise error
-    return res
+        try: said[0] = f(*args)
+        except Exception as e: said[1] = e
+    if _place()[1] > 1: torch.distributed.broadcast_object_list(said)
+    if said[1]: raise said[1]
+    return said[0]
 
 # %% ../nbs/20_checkpoints.ipynb #ckargsxx
 def _check_args(folder, every, keep, resume):
@@ -314,22 +308,16 @@ def _check_states(learn):
                             f'and lists and dicts of them ({str(e).splitlines()[0]})') from e
 
 # %% ../nbs/20_checkpoints.ipynb #cktakexx
-def _lock(folder, patience):
-    lock = FileLock(folder/'.lock')
-    try: lock.acquire(timeout=patience)
-    except (Timeout, RuntimeError): raise RuntimeError(f'{folder} is in use by another fit: wait for its end, or choose another folder') from None
-    return lock
-
 def _take(folder, patience):
-    "Make `folder` one's own, and try to write there"
+    "Make `folder` one's own, which a killed process does not leave behind, and try to write there"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, patience)
+        (lock := FileLock(folder/'.lock')).acquire(timeout=patience)
         shutil.rmtree(tmp := folder/'.unfinished', ignore_errors=True)
-        tmp.mkdir()
-        tmp.rmdir()
-    except OSError as e: raise type(e)(e.errno, f'no checkpoint can be written into {folder}: {e.strerror}') from e
-    return lock
+        tmp.mkdir(); tmp.rmdir()
+        return lock
+    except (Timeout, RuntimeError): raise RuntimeError(f'{folder} is in use by another fit: wait for its end, or use another one') from None
+    except OSError as e: raise OSError(e.errno, f'no checkpoint can be written into {folder}: {e.strerror}') from e
 
 def _check_folder(cb, cbs):
     if sum(isinstance(o, CheckpointCB) and o.folder.resolve() == cb.folder.resolve() for o in cbs) > 1:
@@ -342,7 +330,8 @@ class CheckpointCB(Callback):
     """Writes checkpoints of a fit, and with `resume=True` goes on from the newest, to the same end (bit by bit on a CPU).
 
     A script that is run again does what is missing: of several fits, those that were completed train nothing. Where this same object
-    has seen a fit to its end (`CancelFitException` is one, too), the next fit trains anew, and starts with the model as it is then"""
+    has seen a fit to its end (by `CancelFitException`, too), the next fit trains anew, and starts with the model as it is then.
+    Random transforms within persistent workers begin anew"""
     order = 100 # after all others, so that what they did is in the checkpoint
     patience = 10. # seconds to wait for the folder: a killed process may leave workers that are about to end
     def __init__(self,
@@ -357,7 +346,7 @@ class CheckpointCB(Callback):
         self.before_fit(None)
 
     def before_fit(self, learn):
-        self.begun,self.due,self.start,self.found,self.dl,self.damaged,self.error = False,False,0,None,None,[],sys.exception()
+        self.begun,self.due,self.start,self.found,self.dl,self.error = False,False,0,None,None,sys.exception()
 
     def before_epoch(self, learn):
         if learn.training and not self.begun: self._begin(learn)
@@ -393,7 +382,6 @@ def _begin(self:CheckpointCB, learn):
     if not completed: _check_same(path, rest['plan'], self.plan)
     if is_main(): print(_told(path, learn, rest, completed))
     self.start,self.found = (math.inf, None) if completed else (rest['epoch'], (weights, rest))
-    if completed and _weights(rest['plan']) != _weights(self.plan): return # the model was changed after this fit
     if self.start >= learn.n_epochs: self._restore(learn, weights, rest, completed)
 
 @patch
@@ -404,21 +392,25 @@ def _open(self:CheckpointCB, learn):
     path,self.damaged = _newest(self.folder) if self.resume else (None, [])
     return path
 
+# %% ../nbs/20_checkpoints.ipynb #ckrestor
 @patch
 def _restore(self:CheckpointCB, learn, weights, rest, completed=False):
-    "Put everything back; of a fit that was completed, the weights, for the next one puts back the rest"
-    mine = rest['ranks'][_rank()]
-    unwrap_model(learn.model).load_state_dict(weights['model'])
+    "Put everything back; in place of a fit that was completed only weights, since the next one puts back the rest"
+    mine,model = rest['ranks'][_place()[0]],unwrap_model(learn.model)
+    if completed and not _same_shapes(model.state_dict(), weights['model']): return # it was changed after that fit
+    model.load_state_dict(weights['model'])
     if not completed: learn.opt.load_state_dict(rest['opt'])
     for k,cb in _stateful(learn.cbs).items():
-        if k not in mine['callbacks'] or (completed and k not in weights): continue
-        cb.load_state_dict(mine['callbacks'][k] | (dict(weights=weights[k]) if k in weights else {}))
+        if k in weights or (k in mine['callbacks'] and not completed):
+            cb.load_state_dict(mine['callbacks'][k] | (dict(weights=weights[k]) if k in weights else {}))
     if not completed: _set_random_state(mine['now'], *_loaders(learn))
     return mine
 
+def _same_shapes(a, b): return {k: o.shape for k,o in a.items()} == {k: o.shape for k,o in b.items()}
+
 @patch
 def _go_on(self:CheckpointCB, learn):
-    "With the next batch of this epoch, or with its evaluation if it was ended"
+    "With the next batch of this epoch, or with its evaluation where training was ended"
     loaders,found,self.found = _loaders(learn),self.found,None
     if found is None: learn.dl = self.dl = _Replay(learn.dl, loaders)
     else:
@@ -436,7 +428,8 @@ def _end(self:CheckpointCB, learn):
 def _save(self:CheckpointCB, learn, ended):
     "What a checkpoint is made of: weights, the optimizer, callbacks with a state, random numbers, where the fit is and what it is"
     self.due,states = False,{k: dict(cb.state_dict()) for k,cb in _stateful(learn.cbs).items()}
-    weights = {'model': unwrap_model(learn.model).state_dict()} | {k: s.pop('weights') for k,s in states.items() if 'weights' in s}
+    weights = {k: s.pop('weights') for k,s in states.items() if isinstance(s.get('weights'), Mapping)}
+    weights['model'] = unwrap_model(learn.model).state_dict()
     mine = _plain(dict(callbacks=states, began=self.dl.began, now=_random_state(*_loaders(learn))))
     rest = dict(plan=self.plan, fits=self.fits, steps=self.steps, epoch=learn.epoch, batch=learn.iter+1, ended=ended,
                 opt=learn.opt.state_dict(), ranks=_gather(mine))
@@ -444,21 +437,21 @@ def _save(self:CheckpointCB, learn, ended):
 
 @patch
 def _put_down(self:CheckpointCB, weights, rest):
-    _write(path := _free(self.folder, self.steps), weights, rest)
-    self.written.add(path)
+    self.written.add(path := _free(self.folder, self.steps))
+    _write(path, weights, rest)
     _prune(path, self.keep, self.damaged)
     self.damaged = []
 
 # %% ../nbs/20_checkpoints.ipynb #cktoldxx
 def _told(path, learn, rest, completed):
     "One line: from where, with what, and without what"
-    if completed: return f'{path} is of a later fit: this one was completed, and nothing is left to train. Its weights are restored'
-    where = f'epoch {rest["epoch"]}' if rest['ended'] else f'batch {rest["batch"]} of {rest["plan"]["batches an epoch"]} of epoch {rest["epoch"]}'
-    done = rest['epoch']+rest['ended'] >= learn.n_epochs
+    if completed: return f'{path} is of a later fit, so this one was completed, and nothing is left to train. Restored: weights'
+    where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
+    if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
+    goes = 'nothing is left to train' if rest['epoch']+rest['ended'] >= learn.n_epochs else 'the fit goes on from there'
     now,had = _named(cb for cb in learn.cbs if not isinstance(cb, CheckpointCB)),rest['ranks'][0]['callbacks']
     lists = {'Restored': ['model', 'optimizer', 'random numbers', *(k for k in now if k in had)],
              'Beginning anew': [k for k,cb in now.items() if k not in had and _keeps(cb)], 'No longer there': [k for k in had if k not in now]}
-    return '. '.join([f'{path} is from after {where}, and {"nothing is left to train" if done else "the fit goes on from there"}',
-                      *(f'{k}: {", ".join(v)}' for k,v in lists.items() if v)])
+    return '. '.join([f'{path} is from after {where}, and {goes}', *(f'{k}: {", ".join(v)}' for k,v in lists.items() if v)])
 
 def _keeps(cb): return type(cb).__name__[0] != '_' and (hasattr(cb, 'after_batch') or hasattr(cb, 'after_epoch'))
