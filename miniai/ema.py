@@ -6,68 +6,100 @@
 __all__ = ['EMACB']
 
 # %% ../nbs/16_averages.ipynb #5a6f500b
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import copy
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .conv import unwrap_model
 from .learner import Callback, DeviceCB
 
 # %% ../nbs/16_averages.ipynb #04f32116
-def _tensors(model):
-    "Parameters and buffers by name"
-    model = unwrap_model(model)
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-def _check_same(now, avg):
-    def shapes(d): return {k: o.shape for k,o in d.items()}
-    if shapes(now) != shapes(avg): raise ValueError('the averages are those of another model')
-
 class EMACB(Callback):
-    "Averages the weights over the steps, evaluates with the averages, and has them for sampling: `with ema.averaged(model)`"
+    "Averages the weights over the steps, in a model of their own: `ema.model`, which is evaluated in place of the learner's"
     order = DeviceCB.order+12 # after mixed precision (+10) and clipping (+11); before CheckpointCB (100), which restores the averages
+    takes_part = True
     def __init__(self,
         decay: float=0.999, # share of the average that a step keeps
         warmup: bool=True # begin with less: (1+n)/(10+n) after n steps, as long as that is below `decay`
     ):
         if not 0 <= decay < 1: raise ValueError(f'decay is a share, from 0 to below 1, not {decay}')
-        self.decay,self.warmup,self.avg = decay,warmup,None
+        self.decay,self.warmup,self.n,self._model,self._of = decay,warmup,0,None,None
 
-    def before_fit(self, learn): self.begun,self.inside = False,ExitStack()
+    @property
+    def model(self) -> nn.Module:
+        "The model with averaged weights, in evaluation mode; each fit that trains makes a new one"
+        if self._model is None: raise ValueError('there are no averages yet: fit with this callback first')
+        return self._model
+
+    def before_fit(self, learn): self.begun,self.was = False,learn.model
 
     def before_epoch(self, learn):
-        if learn.training and not self.begun: self._begin(learn.model)
-        if not learn.training and self.avg is not None: self.inside.enter_context(self.averaged(learn.model))
-    def cleanup_epoch(self, learn): self.inside.close()
+        if learn.training:
+            self.was = learn.model
+            if not self.begun: self._begin(unwrap_model(learn.model))
+        elif self._of is unwrap_model(self.was): # the averages are those of this model
+            _follow(self._model, self._of)
+            learn.model = self._model
 
-    def _begin(self, model): self.begun,self.n,self.avg = True,0,{k: o.detach().clone() for k,o in _tensors(model).items()}
+    def _begin(self, model): self._model,self._of,self.n,self.begun = _copy_model(model),model,0,True
 
     @torch.no_grad()
     def after_step(self, learn):
         if not learn.stepped: return
         self.n += 1
         decay = min(self.decay, (1+self.n)/(10+self.n)) if self.warmup else self.decay
-        model = unwrap_model(learn.model)
-        for k,o in model.named_buffers(): self.avg[k].copy_(o)
-        params = dict(model.named_parameters())
-        torch._foreach_lerp_([self.avg[k] for k in params], list(params.values()), 1-decay)
+        torch._foreach_lerp_(_averaged(self._model), _averaged(unwrap_model(learn.model)), 1-decay)
 
-    @contextmanager
-    def averaged(self, model: nn.Module) -> Iterator[nn.Module]:
-        "Inside, `model` has the averaged weights; after it, its own"
-        if self.avg is None: raise ValueError('there are no averages yet: fit with this callback first')
-        self._swap(model)
-        try: yield model
-        finally: self._swap(model)
+    def after_batch(self, learn):
+        if learn.training: _take_buffers(self._model, unwrap_model(learn.model))
 
-    def _swap(self, model):
-        now = _tensors(model)
-        _check_same(now, self.avg)
-        for k,o in now.items(): o.data,self.avg[k] = self.avg[k],o.data
+    def cleanup_epoch(self, learn):
+        learn.model = self.was
+        if self._model is not None: self._model.eval()
+    def cleanup_fit(self, learn):
+        if learn.model is self._model: learn.model = self.was # cleanup_epoch itself was interrupted
+        self.was = None
 
-    def state_dict(self) -> dict: return dict(n=self.n, weights=self.avg)
+    def state_dict(self) -> dict: return dict(n=self.n, weights=_tensors(self.model))
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        for k,o in _tensors(self.model).items():
+            w = state['weights'][k]
+            if o.shape != w.shape: o.data = o.new_empty(w.shape)
+            o.copy_(w)
         self.n = state['n']
-        for k,o in self.avg.items(): o.copy_(state['weights'][k])
+
+# %% ../nbs/16_averages.ipynb #e3a10c56
+def _tensors(model): return dict(model.named_parameters()) | dict(model.named_buffers())
+
+def _averaged(model): return [o for o in model.parameters() if o.is_floating_point() or o.is_complex()]
+
+def _take_buffers(avg, model):
+    for a,m in zip(avg.modules(), model.modules(), strict=True):
+        a._buffers.update({k: o if o is None else o.detach().clone() for k,o in m._buffers.items()})
+
+def _follow(avg, model):
+    "Brings `avg` to where `model` is, its modules into the same modes (`TTD_CB` may have woken some)"
+    now = _tensors(model)
+    for k,o in _tensors(avg).items():
+        if k in now: o.data = o.data.to(now[k])
+    for a,m in zip(avg.modules(), model.modules(), strict=True): a.training = m.training
+
+class _WithoutHistory(TorchFunctionMode):
+    "Inside, `deepcopy` takes tensors that are results of a computation, too"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+def _copy_model(model):
+    "A copy in evaluation mode that shares the hooks, except those that are the model's own methods"
+    mine,memo = set(model.modules()),{}
+    for hooks in [o for m in mine for k,o in vars(m).items() if k.startswith(('_forward_', '_backward_')) and '_hooks' in k]:
+        own = [h for h in hooks.values() if getattr(h, '__self__', None) in mine]
+        memo |= {id(o): o for o in ([h for h in hooks.values() if h not in own] if own else [hooks])}
+    with _WithoutHistory(): res = copy.deepcopy(model, memo)
+    for m in res.modules(): # accelerate's preparation is the fit's, not the model's
+        if '_original_forward' in vars(m): m.forward = vars(m).pop('_original_forward')
+    return res.eval()

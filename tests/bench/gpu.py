@@ -39,7 +39,7 @@ def five(name, r):
     learn,ddpm,clock,ema = train(r, 5*len(dls.train), dls, wait=False)
     torch.cuda.synchronize()
     secs = time.perf_counter()-start
-    with best(r, learn, ema) as model: samples,sampling = draw(r, model, ddpm, steps=50, bs=1024)
+    samples,sampling = draw(r, best(r, learn, ema), ddpm, steps=50, bs=1024)
     keep_samples(KEPT/'gpu', name, samples)
     res = dict(batch=r.batch, steps=len(clock.secs), step=clock.median, seconds=secs, sampling=sampling) | judged(samples)
     print(name, res, flush=True)

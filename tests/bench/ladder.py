@@ -11,7 +11,6 @@ too (notebook 15). One run each, with the same seed, and two sums with other see
 tests/bench/ladder.json, which the notebook 92 draws; weights and samples: _run/ladder.
 """
 import argparse, json, statistics, time
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -148,10 +147,7 @@ def train(r, steps, dls, cbs=(), seed=0, wait=True):
     learn.model = model
     return learn,ddpm,clock,ema
 
-@contextmanager
-def best(r, learn, ema):
-    "The model, with its averaged weights where the recipe has them"
-    with ema.averaged(learn.model) if r.ema else nullcontext(learn.model) as model: yield model
+def best(r, learn, ema): return ema.model if r.ema else learn.model
 
 def inner(x, size): return x[..., 2:-2, 2:-2] if size == 32 else x
 
@@ -197,15 +193,15 @@ def measure(name, r, seconds, sampled, seed=0):
     dls = loaders(r.memory, r.size, r.batch)
     steps = max(4, int(seconds/train(r, 4, dls)[2].median))
     learn,ddpm,clock,ema = train(r, steps, dls, seed=seed)
-    with best(r, learn, ema) as model:
-        res = dict(step=clock.median, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
-                   parameters=sum(p.numel() for p in model.parameters()))
-        path = KEPT/name.replace(': ', '-').replace(' ', '-')
-        keep(path/'model.safetensors', **model.state_dict())
-        if sampled:
-            samples,res['sampling'] = draw(r, model, ddpm)
-            keep(path/'samples.safetensors', samples=samples)
-            res |= judged(samples)
+    model = best(r, learn, ema)
+    res = dict(step=clock.median, steps=steps, seconds=sum(clock.secs), error=noise_error(r, model, ddpm, dls),
+               parameters=sum(p.numel() for p in model.parameters()))
+    path = KEPT/name.replace(': ', '-').replace(' ', '-')
+    keep(path/'model.safetensors', **model.state_dict())
+    if sampled:
+        samples,res['sampling'] = draw(r, model, ddpm)
+        keep(path/'samples.safetensors', samples=samples)
+        res |= judged(samples)
     print(name, res, flush=True)
     return res
 
@@ -214,9 +210,9 @@ def full(name, n_epochs, n, steps):
     r,folder = summed(name),KEPT/'full'/f'{n_epochs}-{name}'.replace(' ', '-')
     dls = loaders(r.memory, r.size, r.batch)
     learn,ddpm,clock,ema = train(r, n_epochs*len(dls.train), dls, [CheckpointCB(folder, every=60, keep=2, resume=True), Say()])
-    with best(r, learn, ema) as model:
-        keep(folder/'model.safetensors', **model.state_dict())
-        samples,secs = draw(r, model, ddpm, n, steps or None)
+    model = best(r, learn, ema)
+    keep(folder/'model.safetensors', **model.state_dict())
+    samples,secs = draw(r, model, ddpm, n, steps or None)
     sampler = f'DDIM {steps}' if steps else 'DDPM'
     keep_samples(folder, sampler, samples)
     known = results()
