@@ -31,7 +31,7 @@ from miniai.activations import ActivationStats, HooksCallback, set_seed
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ema import EMACB
-from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB
+from miniai.learner import Callback, DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, is_main
 from miniai.sgd import BatchSchedCB, EpochSchedCB, RecorderCB
 
 torch.set_num_threads(1)
@@ -154,8 +154,10 @@ def data():
     return x,x.sum(1, keepdim=True)
 
 def state(learn, ema):
-    numpy = np.random.get_state()
-    return dict(weights=digest(learn.model.state_dict()), averages=digest(ema.state_dict()), optimizer=digest(learn.opt.state_dict()),
+    numpy,main = np.random.get_state(),is_main()
+    weights = (learn.model if main else nn.ParameterList(learn.model.parameters())).state_dict() # buffers are those of the first process
+    averages = ema.state_dict() if main else [*ema.model.parameters()]
+    return dict(weights=digest(weights), averages=digest(averages), optimizer=digest(learn.opt.state_dict()),
                 random=digest(random.getstate(), numpy[1].tolist(), numpy[2:], torch.get_rng_state()))
 
 def fit(folder=None, mode='TensorLoader', seed=0, every=2, keep=3, nap=0, rank=None, meet=None, more=(), at_line=None):
@@ -364,9 +366,8 @@ def left_over(learn, model, dls, cbs, ema, seen):
     odd = []
     if learn.model is not model: odd.append('learn.model is not the model')
     if not any(torch.equal(flat(model.parameters()), w) for w in seen.weights): odd.append('the weights are none that were ever reached')
-    averages = getattr(ema, 'model', None)
-    if averages is not None:
-        avg = flat(averages.parameters())
+    with contextlib.suppress(ValueError): # there may be none yet
+        avg = flat(ema.model.parameters())
         if not any(torch.allclose(avg, a, atol=1e-6) for a in seen.averages()): odd.append('the averages are none that were ever reached')
     if learn.cbs != cbs: odd.append(f'cbs are {[type(o).__name__ for o in learn.cbs]}')
     if learn.dls is not dls: odd.append('learn.dls is another')
