@@ -10,7 +10,7 @@ __all__ = ['show_image', 'subplots', 'get_grid', 'show_images', 'inplace', 'coll
            'is_drawn', 'read_idx', 'to_dataset']
 
 # %% ../nbs/01_datasets.ipynb #96b06796
-import math, re, sys
+import math, operator, re, sys, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, update_wrapper
 
@@ -39,6 +39,7 @@ def show_image(
     if isinstance(im, torch.Tensor):
         im = im.detach().float().cpu() if im.is_floating_point() else im.detach().cpu()
         if im.ndim == 3 and im.shape[0] in (1, 3, 4): im = im.permute(1, 2, 0)
+    elif hasattr(im, 'mode'): im = _shown(im)
     im = np.asarray(im)
     if im.ndim == 3 and im.shape[-1] == 1: im = im[..., 0]
     if ax is None: _,ax = plt.subplots(figsize=figsize)
@@ -47,6 +48,20 @@ def show_image(
     ax.set_xticks([]); ax.set_yticks([])
     if noframe: ax.axis('off')
     return ax
+
+# %% ../nbs/01_datasets.ipynb #9fd12b77
+_SPACES = 'CMYK', 'YCbCr', 'HSV', 'LAB' # other ways to write down a colour
+_SEEN = {'1': 'L', 'La': 'LA', 'P': 'RGB', 'PA': 'RGBA', 'RGBa': 'RGBA', 'RGBX': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB', 'HSV': 'RGB'}
+
+def _seen(im, asked=None):
+    "The PIL image `im` in a mode whose numbers are light, or in that colour space which it was `asked` for"
+    if im.mode not in _SEEN or im.mode == asked in _SPACES: return im
+    return im.convert('RGBA' if im.mode == 'P' and im.has_transparency_data else _SEEN[im.mode])
+
+def _shown(im):
+    "`im` in a mode that `imshow` draws"
+    im = _seen(im)
+    return im.convert({'LA': 'RGBA', 'LAB': 'RGB'}.get(im.mode, im.mode))
 
 # %% ../nbs/01_datasets.ipynb #ade15950
 def subplots(
@@ -70,7 +85,7 @@ def get_grid(
     **kwargs # passed on to `subplots`
 ): # the Figure, and a flat array of at least `n` Axes; those beyond `n` are switched off
     "A grid for `n` images"
-    if n < 1: raise ValueError(f'a grid needs at least one image, not {n}')
+    _check_grid(n, nrows, ncols)
     if nrows is None: nrows = math.ceil(n/ncols) if ncols else int(math.sqrt(n))
     if ncols is None: ncols = math.ceil(n/nrows)
     fig,axs = subplots(nrows, ncols, squeeze=False, **kwargs)
@@ -79,15 +94,30 @@ def get_grid(
     if title is not None: fig.suptitle(title, weight=weight, size=size)
     return fig,axs
 
+# %% ../nbs/01_datasets.ipynb #3f4baa9a
+def _whole(name, n, least=1):
+    "Refuse what is not a whole number from `least`"
+    try: ok = operator.index(n) >= least
+    except TypeError: ok = False
+    if not ok: raise ValueError(f'{name} must be a whole number, at least {least}, not {n!r}')
+
+def _check_grid(n, nrows, ncols):
+    _whole('n, the number of images,', n)
+    for nm,o in (('nrows', nrows), ('ncols', ncols)):
+        if o is not None: _whole(nm, o)
+    if nrows and ncols and nrows*ncols < n:
+        raise ValueError(f'{n} images do not fit into {nrows}×{ncols} places: give only one of nrows and ncols, or fewer images')
+
 # %% ../nbs/01_datasets.ipynb #d1f378d9
 def show_images(
-    ims: Sequence, # tensors (1|3, h, w) or (h, w), or PIL images
+    ims: Sequence, # tensors (1|3, h, w) or (h, w), or PIL images; one (h, w) alone is shown alone
     nrows: int=None, ncols: int=None,
     titles: Sequence=None, # may be fewer than `ims`
     cmap: str=None, # for one-channel images; matplotlib's default if `None`
     **kwargs # passed on to `get_grid` and `subplots`: `imsize`, `figsize`, `suptitle`, `title`, ...
 ) -> None:
     "Show all images in a grid"
+    if getattr(ims, 'ndim', 0) == 2: ims = ims[None]
     _,axs = get_grid(len(ims), nrows, ncols, **kwargs)
     for i,(im,ax) in enumerate(zip(ims, axs)):
         show_image(im, ax=ax, cmap=cmap, title=titles[i] if titles is not None and i < len(titles) else None)
@@ -96,6 +126,7 @@ def show_images(
 class inplace:
     "Decorate a function that changes its argument so that it also returns it"
     def __init__(self, f: Callable): # changes its argument, returns nothing
+        if not callable(f): raise TypeError(f'inplace decorates a function, not {f!r}')
         self.f = f
         update_wrapper(self, f)
     def __call__(self, b):
@@ -107,29 +138,41 @@ class inplace:
 
 # %% ../nbs/01_datasets.ipynb #c6121a3e
 def _collate_dict(keys, rows):
+    if not rows: raise ValueError('there are no rows to collate')
     b = default_collate(rows)
-    return tuple(b[k] for k in keys)
+    return tuple(b[k] for k in _columns(keys, list(b)))
 
 def collate_dict(
     ds # a `datasets.Dataset`
-) -> Callable: # collates rows (dicts) to a tuple of tensors, one for each column of `ds`
-    "A collate function that gives a tuple in the order of `ds`'s columns"
+) -> Callable: # collates rows (dicts) to a tuple of tensors, one for each column that the rows have
+    "A collate function that gives a tuple in the order of `ds`'s columns; a transform's new ones come where those are that they replace"
     return partial(_collate_dict, list(ds.features))
+
+# %% ../nbs/01_datasets.ipynb #d017e4c9
+def _columns(keys, row):
+    "The columns of `row` in the order of `keys`, new ones in the places of those that are gone; in `row`'s own order if it has more"
+    new,gone = [k for k in row if k not in keys],[k for k in keys if k not in row]
+    if len(new) > len(gone): return row
+    now = dict(zip(gone, new))
+    return [now.get(k, k) for k in keys if k in row or k in now]
 
 # %% ../nbs/01_datasets.ipynb #12bb6802
 def get_dls(
     train_ds, valid_ds, # anything that `DataLoader` takes
     bs: int, # images a training batch; validation keeps no gradients, so it takes twice as many
+    drop_last: bool=False, # leave out a last training batch that is not full? Validation always sees all
     **kwargs # passed on to both `DataLoader`s
 ) -> tuple[DataLoader, DataLoader]:
     "A shuffled loader for training and one in order for validation"
-    return DataLoader(train_ds, batch_size=bs, shuffle=True, **kwargs), DataLoader(valid_ds, batch_size=bs*2, **kwargs)
+    return (DataLoader(train_ds, batch_size=bs, shuffle=True, drop_last=drop_last, **kwargs),
+            DataLoader(valid_ds, batch_size=bs*2, **kwargs))
 
 # %% ../nbs/01_datasets.ipynb #78f63c7f
 class DataLoaders:
     "A training and a validation loader, kept together as `train` and `valid`"
     def __init__(self, *dls):
         if len(dls) < 2: raise ValueError('DataLoaders needs a training and a validation loader; one of them may be empty: []')
+        for dl in dls: _check_loader(dl)
         self.train,self.valid = dls[:2]
 
     @classmethod
@@ -137,13 +180,22 @@ class DataLoaders:
         dd: Mapping, # `datasets.DatasetDict`; its first two sets are used
         batch_size: int,
         as_tuple: bool=True, # batches as tuples? Otherwise as dicts
-        **kwargs # passed on to both `DataLoader`s, such as `num_workers`
+        **kwargs # passed on to `get_dls`, such as `drop_last` or `num_workers`
     ):
         "Loaders for the sets in `dd`, row by row"
-        if not isinstance(dd, Mapping) or len(dd) < 2:
-            raise TypeError(f'from_dd needs a dict of two sets, such as a DatasetDict with train and test, not {dd}')
-        collate = collate_dict(dd[next(iter(dd))]) if as_tuple else default_collate
-        return cls(*get_dls(*list(dd.values())[:2], bs=batch_size, **{'collate_fn': collate, **kwargs}))
+        train,valid = _two_sets('from_dd', dd)
+        collate = collate_dict(train) if as_tuple else default_collate
+        return cls(*get_dls(train, valid, bs=batch_size, **{'collate_fn': collate, **kwargs}))
+
+# %% ../nbs/01_datasets.ipynb #484eb3d4
+def _check_loader(dl):
+    if isinstance(dl, type) or not (hasattr(dl, '__iter__') or hasattr(dl, '__getitem__')):
+        raise TypeError(f'a loader is anything that gives batches in a `for` loop; {dl!r} does not ([] is an empty one)')
+
+def _two_sets(who, dd):
+    if not isinstance(dd, Mapping) or len(dd) < 2:
+        raise TypeError(f'{who} needs a dict of two sets, such as a DatasetDict with train and test, not {dd}')
+    return list(dd.values())[:2]
 
 # %% ../nbs/01_datasets.ipynb #541cbc24
 class TensorLoader:
@@ -155,8 +207,7 @@ class TensorLoader:
         x_tfm: Callable=None, # changes a batch of the first tensor, such as `to_float`
         drop_last: bool=False # leave out a last batch that is not full?
     ):
-        if bs < 1: raise ValueError(f'the batch size must be at least 1, not {bs}')
-        if len({len(t) for t in tensors}) != 1: raise ValueError(f'tensors of unequal length: {[len(t) for t in tensors]}')
+        _check_tensors(tensors, bs, x_tfm)
         self.tensors,self.bs,self.shuffle,self.x_tfm,self.drop_last = tensors,bs,shuffle,x_tfm,drop_last
 
     def __len__(self) -> int:
@@ -171,6 +222,15 @@ class TensorLoader:
             x,*rest = (t[at if order is None else order[at]] for t in self.tensors)
             yield (x if self.x_tfm is None else self.x_tfm(x), *rest)
 
+# %% ../nbs/01_datasets.ipynb #cfd57d8e
+def _check_tensors(tensors, bs, x_tfm):
+    _whole('bs, the batch size,', bs)
+    odd = [type(t).__name__ for t in tensors if not isinstance(t, torch.Tensor)]
+    if odd or not tensors: raise TypeError(f'TensorLoader cuts tensors, not {", ".join(odd) or "nothing"}: torch.as_tensor makes them')
+    if len({len(t) for t in tensors}) != 1: raise ValueError(f'tensors of unequal length: {[len(t) for t in tensors]}')
+    if len({t.device for t in tensors}) != 1: raise ValueError(f'tensors on several devices: {[str(t.device) for t in tensors]}')
+    if not (x_tfm is None or callable(x_tfm)): raise TypeError(f'x_tfm changes a batch, it must be a function, not {x_tfm!r}')
+
 # %% ../nbs/01_datasets.ipynb #37c97609
 def to_float(
     x: torch.Tensor, # uint8 (n, c, h, w)
@@ -178,47 +238,105 @@ def to_float(
     lo: float=0., hi: float=1. # what 0 and 255 become
 ) -> torch.Tensor: # float32 (n, c, h+2*pad, w+2*pad)
     "Images in bytes to floating point, padded if asked"
+    _check_bytes(x, pad)
     x = x.float()*((hi-lo)/255) + lo
     return F.pad(x, [pad]*4, value=lo) if pad else x
+
+# %% ../nbs/01_datasets.ipynb #72ae077d
+def _check_bytes(x, pad):
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f'to_float takes a tensor of bytes (torch.uint8), not {got}, of which it cannot know what white is')
+    _whole('pad', pad, least=0)
 
 # %% ../nbs/01_datasets.ipynb #75fdf3f3
 def from_pgm(
     files: Sequence[bytes] # image files, at least one
 ) -> np.ndarray|None: # uint8 (n, h, w); `None` if they are not all PGM files of one size
     "The pixels of raw image files, cut out all at once"
-    head = re.match(rb'P5\s([1-9]\d*)\s([1-9]\d*)\s255\s', files[0] or b'')
+    head = re.match(rb'P5\s([1-9]\d{0,8})\s([1-9]\d{0,8})\s255\s', files[0] or b'')
     if head is None: return None
     w,h,at = int(head[1]),int(head[2]),head.end()
     if any(f is None or f[:at] != head[0] or len(f) != at+h*w for f in files): return None
     return np.frombuffer(b''.join(files), np.uint8).reshape(len(files), -1)[:,at:].reshape(-1, h, w).copy()
 
-# %% ../nbs/01_datasets.ipynb #9fd12b77
+# %% ../nbs/01_datasets.ipynb #2566088a
 def _pixels(ds):
-    "All images of `ds`: (n, h, w) or (n, h, w, channels)"
+    "All images of `ds` in bytes: (n, h, w) or (n, h, w, channels)"
     from datasets import Image
-    if ds.features['image'] == Image():
+    feature = ds.features['image']
+    if feature == Image():
         x = from_pgm([o and o['bytes'] for o in ds.cast_column('image', Image(decode=False))[:]['image']])
         if x is not None: return x
-    return np.stack([np.asarray(o) for o in ds[:]['image']])
+    ims,asked = ds[:]['image'],getattr(feature, 'mode', None)
+    _check_pictures(ims, asked)
+    seen = [_seen(o, asked) for o in ims]
+    _check_alike(ims, seen)
+    x = np.stack([np.asarray(o) for o in seen])
+    return x if x.itemsize == 1 else _from_16_bits(x)
+
+def _from_16_bits(x):
+    if (top := x.max()) < 2**14:
+        warnings.warn(f'the largest number in these 16-bit images is {top} of 65535: they are dark, and as bytes '
+                      f'they have {(int(top)+128)//257 + 1} levels of grey left. Spread them with ds.map first', stacklevel=4)
+    return ((x.astype(np.uint32)+128)//257).astype(np.uint8)
 
 def to_tensors(
-    ds, # a `datasets.Dataset` with `image` and `label`, all images of one size; its format and transform are left out
+    ds, # a `datasets.Dataset` with `image` and `label`, or with `image` alone; its format and transform are left out
     device='cpu'
-) -> tuple[torch.Tensor, torch.Tensor]: # uint8 (n, channels, h, w) and int64 (n,)
-    "The whole set, read once"
+) -> tuple[torch.Tensor, ...]: # uint8 (n, channels, h, w), and int64 (n,) if there are labels
+    "The whole set, read once; images of 16 bits are rounded to 8"
     ds = ds.with_format(None)
-    if not len(ds): raise ValueError('there are no images in the set')
+    _check_columns(ds)
     x = torch.from_numpy(_pixels(ds))
     x = x[:,None] if x.ndim == 3 else x.movedim(-1, 1)
-    return x.to(device), torch.tensor(ds['label'][:], device=device)
+    return (x.to(device), *(o.to(device) for o in _labels(ds)))
+
+# %% ../nbs/01_datasets.ipynb #ffe5cdbb
+def _check_columns(ds):
+    there = ds.column_names
+    if not len(ds): raise ValueError('there are no images in the set')
+    if 'image' not in there:
+        raise KeyError(f"the set has no column 'image', only {there}: ds.rename_column('its name', 'image') renames one")
+    if 'label' not in there and len(there) > 1:
+        raise KeyError(f"the set has no column 'label', only {there}: ds.rename_column('its name', 'label') renames one, and "
+                       "ds.select_columns('image') leaves images without labels")
+
+def _check_pictures(ims, asked):
+    for i,im in enumerate(ims):
+        if not hasattr(im, 'mode'):
+            raise ValueError(f'row {i} holds {type(im).__name__}, not a picture: leave it out with ds.filter, or make a picture of it '
+                             "with ds.cast_column('image', datasets.Image()) or ds.map")
+        if im.mode in ('I', 'F') or im.mode == 'LAB' != asked:
+            how = ("ds.cast_column('image', datasets.Image(mode='RGB'))" if im.mode == 'LAB' else
+                   "ds.map(lambda o: {'image': PIL.Image.fromarray(np.uint8(255*np.array(o['image'])/white))})")
+            raise ValueError(f'row {i} holds an image of mode {im.mode}, in which no number always stands for white: make bytes of it, '
+                             f'such as with {how}')
+
+def _check_alike(ims, seen):
+    kinds = {}
+    for i,im in enumerate(seen): kinds.setdefault((im.size, im.mode), []).append(i)
+    if len(kinds) == 1: return
+    each = [f'{len(at)} of {w}×{h} pixels and mode {ims[at[0]].mode} (the first is row {at[0]})' for ((w,h),_),at in kinds.items()]
+    raise ValueError(f'the images have several sizes or modes, {len(kinds)} kinds: {", ".join(each[:4])}{", ..." if len(each)>4 else ""}. '
+                     "Make them alike, with ds.map or, for modes, with ds.cast_column('image', datasets.Image(mode='RGB'))")
+
+def _labels(ds):
+    if 'label' not in ds.column_names: return ()
+    try: return torch.tensor(ds['label'][:]),
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"the column 'label' cannot become a tensor ({e}); ds.class_encode_column('label') makes numbers of names") from e
 
 # %% ../nbs/01_datasets.ipynb #c2511cbf
 def in_memory(
     dd: Mapping, # `datasets.DatasetDict`; its first two sets are used, without their transforms
     batch_size: int,
     device='cpu', # where the images are kept and the batches appear
-    x_tfm: Callable=to_float # applied to each batch of images
+    x_tfm: Callable=to_float, # applied to each batch of images
+    drop_last: bool=False # leave out a last training batch that is not full? Validation always sees all
 ) -> DataLoaders:
     "`DataLoaders` that hold the whole of `dd` on `device`"
-    t,v = [to_tensors(ds, device) for ds in list(dd.values())[:2]]
-    return DataLoaders(TensorLoader(*t, bs=batch_size, shuffle=True, x_tfm=x_tfm), TensorLoader(*v, bs=batch_size*2, x_tfm=x_tfm))
+    t,v = [to_tensors(ds, device) for ds in _two_sets('in_memory', dd)]
+    if t[0].shape[1] != v[0].shape[1]: raise ValueError(f'{t[0].shape[1]} channels in the first set, {v[0].shape[1]} in the second')
+    return DataLoaders(TensorLoader(*t, bs=batch_size, shuffle=True, x_tfm=x_tfm, drop_last=drop_last),
+                       TensorLoader(*v, bs=batch_size*2, x_tfm=x_tfm))

@@ -18,22 +18,34 @@ from .standin import draw_garments
 
 # %% ../nbs/93_fashion.ipynb #0b0a2239
 def read_idx(
-    path: str|Path # an IDX file of unsigned bytes, gzipped or not
+    path: str|Path, # an IDX file of unsigned bytes, gzipped or not
+    limit: int=2**28 # bytes that a file may promise; Fashion-MNIST's largest has 47 million
 ) -> np.ndarray: # uint8, in the shape that the file's header states
     "Read an IDX file; a damaged one raises `ValueError` that names the file and what was expected"
-    raw = Path(path).read_bytes()
-    if raw[:2] == b'\x1f\x8b':
-        try: raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as e:
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'\x1f\x8b'
+        file.seek(0)
+        try: return _read_idx(gzip.GzipFile(fileobj=file) if zipped else file, limit)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f'{path}: the gzip data is damaged or cut short ({e}); fetch the file again') from e
-    if len(raw) < 4 or raw[:3] != b'\0\0\x08':
-        raise ValueError(f'{path}: not an IDX file of bytes: expected it to start with 00 00 08, not {raw[:3].hex(" ")}')
-    start = 4 + 4*raw[3]
-    if len(raw) < start: raise ValueError(f'{path}: the header is cut short: expected {start} bytes, found {len(raw)}')
-    shape = tuple(np.frombuffer(raw, '>i4', count=raw[3], offset=4).tolist())
-    if len(raw)-start != math.prod(shape):
-        raise ValueError(f'{path}: the header promises {math.prod(shape)} bytes for shape {shape}, found {len(raw)-start}')
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+        except ValueError as e: raise ValueError(f'{path}: {e}') from e
+
+# %% ../nbs/93_fashion.ipynb #7fcbba1e
+def _read_idx(file, limit):
+    head = file.read(4)
+    if len(head) < 4 or head[:3] != b'\0\0\x08':
+        raise ValueError(f'not an IDX file of bytes: expected it to start with 00 00 08, not {head[:3].hex(" ")}')
+    if not 1 <= head[3] <= 4: raise ValueError(f'the header promises {head[3]} dimensions, expected 1 to 4')
+    sizes = file.read(4*head[3])
+    if len(sizes) < 4*head[3]: raise ValueError(f'the header is cut short: expected {4 + 4*head[3]} bytes, found {4 + len(sizes)}')
+    shape = tuple(np.frombuffer(sizes, '>i4').tolist())
+    if min(shape) < 0: raise ValueError(f'the header promises a negative size: {shape}')
+    size = math.prod(shape)
+    if size > limit: raise ValueError(f'the header promises {size:,} bytes for shape {shape}, more than the limit of {limit:,}')
+    raw = file.read(size+1) # one more than promised tells whether there is more
+    if len(raw) != size:
+        raise ValueError(f'the header promises {size} bytes for shape {shape}, found {len(raw)}{" or more"*(len(raw)>size)}')
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 # %% ../nbs/93_fashion.ipynb #5e4d8cb2
 FASHION_CLASSES = ('T - shirt / top', 'Trouser', 'Pullover', 'Dress', 'Coat',
@@ -42,26 +54,38 @@ FASHION_CLASSES = ('T - shirt / top', 'Trouser', 'Pullover', 'Dress', 'Coat',
 # %% ../nbs/93_fashion.ipynb #86f9cb3f
 def to_dataset(
     images: np.ndarray, # uint8 (n, height, width)
-    labels: np.ndarray, # integers (n,), from 0 to 9
+    labels: np.ndarray, # whole numbers (n,), from 0 to 9
     description: str='' # where they came from
 ): # `datasets.Dataset` with columns `image` and `label`
     "The images and labels as a Hugging Face `Dataset`, decoded to PIL images on access"
     import pyarrow as pa
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
     from datasets.fingerprint import Hasher
+    labels = np.asarray(labels)
+    _check_arrays(images, labels)
     n,h,w = images.shape
-    if len(labels) != n: raise ValueError(f'{n} images but {len(labels)} labels: they are not of the same set')
-    if n and not 0 <= labels.min() <= labels.max() < len(FASHION_CLASSES):
-        raise ValueError(f'labels run from {labels.min()} to {labels.max()}, expected 0 to {len(FASHION_CLASSES)-1}')
     head = np.frombuffer(f'P5 {w} {h} 255\n'.encode(), np.uint8)
     files = np.concatenate([np.broadcast_to(head, (n, len(head))), images.reshape(n, h*w)], axis=1)
     offsets = np.arange(n+1, dtype=np.int64) * files.shape[1]
     blobs = pa.LargeBinaryArray.from_buffers(pa.large_binary(), n, [None, pa.py_buffer(offsets), pa.py_buffer(files)])
     image = pa.StructArray.from_arrays([blobs.cast(pa.binary()), pa.nulls(n, pa.string())], names=['bytes', 'path'])
     features = Features(image=Image(), label=ClassLabel(names=list(FASHION_CLASSES)))
-    table = pa.table(dict(image=image, label=pa.array(labels, pa.int64())))
+    table = pa.table(dict(image=image, label=pa.array(labels.astype(np.int64))))
     content = Hasher.hash_bytes([files.tobytes(), labels.tobytes(), description.encode()]) # `datasets` itself would pickle it all
     return Dataset(table, info=DatasetInfo(description=description, features=features), fingerprint=content)
+
+# %% ../nbs/93_fashion.ipynb #acbbfb55
+def _check_arrays(images, labels):
+    what = f'{images.dtype} {images.shape}' if isinstance(images, np.ndarray) else type(images).__name__
+    if not what.startswith('uint8') or images.ndim != 3 or 0 in images.shape[1:]:
+        raise ValueError(f'images must be an array of bytes, uint8 (n, height, width), not {what}')
+    if labels.shape != images.shape[:1]:
+        found = len(labels) if labels.ndim == 1 else labels.shape
+        raise ValueError(f'{len(images)} images but {found} labels: they are not of the same set')
+    if not len(labels): return
+    if labels.dtype.kind not in 'iu': raise ValueError(f'labels must be whole numbers, not {labels.dtype}')
+    if not 0 <= labels.min() <= labels.max() < len(FASHION_CLASSES):
+        raise ValueError(f'labels run from {labels.min()} to {labels.max()}, expected 0 to {len(FASHION_CLASSES)-1}')
 
 # %% ../nbs/93_fashion.ipynb #aad9356b
 IDX_FILES = dict(train=('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'),
@@ -69,7 +93,7 @@ IDX_FILES = dict(train=('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'),
 
 def has_idx(folder: str|Path) -> bool:
     "Does `folder` hold any of the four files, gzipped or not?"
-    return any((Path(folder)/f'{nm}{ext}').exists() for nms in IDX_FILES.values() for nm in nms for ext in ('', '.gz'))
+    return any((Path(folder)/f'{nm}{ext}').is_file() for nms in IDX_FILES.values() for nm in nms for ext in ('', '.gz'))
 
 # %% ../nbs/93_fashion.ipynb #3beb955b
 def from_idx(
@@ -77,12 +101,12 @@ def from_idx(
 ): # `datasets.DatasetDict` with `train` and `test`
     "Fashion-MNIST from its IDX files"
     from datasets import DatasetDict
-    def read(nm):
+    def read(nm, limit):
         for p in (Path(folder)/nm, Path(folder)/f'{nm}.gz'):
-            if p.exists(): return read_idx(p)
+            if p.is_file(): return read_idx(p, limit)
         raise FileNotFoundError(f'{folder}: expected the file {nm} or {nm}.gz in this folder')
     def split(im_nm, lbl_nm):
-        ims,lbls = read(im_nm),read(lbl_nm)
+        ims,lbls = read(im_nm, 2**28),read(lbl_nm, 2**22) # at most four million labels, and so images
         if ims.ndim != 3: raise ValueError(f'{folder}/{im_nm}: expected images (n, height, width), found shape {ims.shape}')
         if lbls.ndim != 1: raise ValueError(f'{folder}/{lbl_nm}: expected labels (n,), found shape {lbls.shape}')
         try: return to_dataset(ims, lbls, f'Fashion-MNIST from {folder}')
@@ -142,7 +166,7 @@ def is_drawn(
     dd: Mapping # `datasets.DatasetDict`
 ) -> bool:
     "Is it the stand-in?"
-    return all(ds.info.description.startswith('DRAWN') for ds in dd.values())
+    return bool(dd) and all(ds.info.description.startswith('DRAWN') for ds in dd.values())
 
 # %% ../nbs/93_fashion.ipynb #0e0c98f4
 def fashion_mnist(

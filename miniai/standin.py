@@ -149,8 +149,10 @@ def weave(u:Callable, x:A, y:A, rng:np.random.Generator) -> A:
     return u(.1, .3)*stripes + u(0, .8)*(u()<.2)*blotch + u(-.8, .8)*logo*(.5+blotch) + u(.02, .15)*grain
 
 # %% ../nbs/91_standin.ipynb #4127d348
-def draw_class(c:int, n:int, rng:np.random.Generator) -> A:
-    "`n` images of class `c`"
+def draw_class(c:int, n:int, rng:np.random.Generator|int) -> A:
+    "`n` images of class `c`, with `rng` or from a seed"
+    if c not in range(len(GARMENTS)): raise ValueError(f'there are classes 0 to {len(GARMENTS)-1}, but no {c!r}')
+    rng = np.random.default_rng(rng)
     def u(lo=0., hi=1.): return rng.random((n,1,1), dtype='f4')*(hi-lo) + lo
     px = np.arange(28, dtype='f4')
     x,y = px-13.5+u(-1, 1), px[:,None]+u(-1, 1)

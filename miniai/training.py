@@ -23,8 +23,21 @@ def accuracy(
     out: torch.Tensor, # (n, classes): a score for each class
     yb: torch.Tensor # (n,): the right classes
 ) -> torch.Tensor: # between 0 and 1
-    "The share of rows of `out` whose largest score is that of the right class"
-    return (out.argmax(1) == yb).float().mean()
+    "The share of rows of `out` whose largest score is that of the right class; a row with NaN in it is wrong"
+    _check_scores(out, yb)
+    top,guess = out.max(1)
+    return ((guess == yb) & ~top.isnan()).float().mean()
+
+# %% ../nbs/02_training.ipynb #6d3489c8
+def _check_scores(out, yb):
+    "Shapes only, since a value could not be looked at without waiting for the device"
+    for o in (out, yb):
+        if not isinstance(o, torch.Tensor): raise TypeError(f'accuracy takes tensors, not {type(o).__name__}: torch.as_tensor makes one')
+    out,yb = out.shape,yb.shape
+    if len(out) < 2 or out[1] < 2: raise ValueError(f'accuracy needs a score for each of several classes, not out of shape {tuple(out)}')
+    if yb != out[:1] + out[2:]:
+        raise ValueError(f'accuracy needs the number of one class for each row of out {tuple(out)}, not targets of shape {tuple(yb)}: '
+                         'squeeze(1) takes a column off, argmax(1) undoes one-hot')
 
 # %% ../nbs/02_training.ipynb #bb8107d0
 def report(
@@ -40,10 +53,11 @@ def fit(
     epochs: int, # passes over `train_dl`
     model: nn.Module,
     loss_func, # (preds, yb) → a number
-    opt: optim.Optimizer,
+    opt: optim.Optimizer, # or anything else with `step` and `zero_grad`
     train_dl: Iterable, valid_dl: Iterable # of batches (xb, yb)
 ) -> tuple[float, float]: # the last epoch's loss and accuracy on `valid_dl`
     "The plain training loop; prints the validation loss and accuracy after each epoch"
+    _check_fit(epochs, opt, train_dl, valid_dl)
     for epoch in range(epochs):
         model.train()
         for xb,yb in train_dl:
@@ -63,10 +77,23 @@ def fit(
         print(f'{epoch} {loss:.4f} {acc:.4f}')
     return loss,acc
 
+# %% ../nbs/02_training.ipynb #e0928976
+def _check_fit(epochs, opt, train_dl, valid_dl):
+    if epochs < 1: raise ValueError(f'fit needs at least one epoch, not {epochs}')
+    _check_has('opt', opt, 'step', 'zero_grad')
+    for nm,dl in (('train_dl', train_dl), ('valid_dl', valid_dl)):
+        if epochs > 1 and hasattr(dl, '__next__'): raise TypeError(f'{nm} gives its batches once, not each epoch: take list({nm})')
+        if hasattr(dl, '__len__') and not len(dl): raise ValueError(f'{nm} gave no batch')
+
+def _check_has(nm, o, *methods):
+    if isinstance(o, type) or not all(hasattr(o, m) for m in methods):
+        raise TypeError(f'{nm} needs {" and ".join(methods)}, which {o!r} does not have')
+
 # %% ../nbs/02_training.ipynb #d8050e8f
 class Dataset:
     "Pairs from two sequences of equal length: `ds[i]` is `(x[i], y[i])`"
     def __init__(self, x, y):
+        for nm,o in (('x', x), ('y', y)): _check_has(nm, o, '__len__', '__getitem__')
         if len(x) != len(y): raise ValueError(f'{len(x)} inputs but {len(y)} targets')
         self.x,self.y = x,y
     def __len__(self) -> int: return len(self.x)

@@ -18,3 +18,11 @@ def test_drawn_classes_can_be_learned_but_not_without_learning():
     means = np.stack([x[y==c].mean(0) for c in range(10)])
     acc = (((xv[:,None]-means)**2).sum((2,3)).argmin(1) == yv).mean()
     assert .6 < acc < .95
+
+def test_a_class_can_be_drawn_from_a_seed():
+    a,b = standin.draw_class(3, 4, 7),standin.draw_class(3, 4, np.random.default_rng(7))
+    assert np.array_equal(a, b) and a.any()
+
+@pytest.mark.parametrize('c', [10, -1, 2.5, 'coat', None])
+def test_a_class_that_is_not_there(c):
+    with pytest.raises(ValueError, match='classes 0 to 9, but no'): standin.draw_class(c, 1, 0)

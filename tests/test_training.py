@@ -1,5 +1,5 @@
 "The plain loop against the Learner, accuracy against torchmetrics, and budgets"
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torchmetrics.functional import accuracy as their_accuracy
@@ -14,6 +14,39 @@ def test_accuracy_is_that_of_torchmetrics(n, classes):
     torch.manual_seed(n)
     out,y = torch.randn(n, classes),torch.randint(0, classes, (n,))
     assert accuracy(out, y).item() == pytest.approx(their_accuracy(out, y, 'multiclass', num_classes=classes).item())
+
+def test_accuracy_of_classes_at_each_place_of_an_image():
+    out,y = torch.randn(2, 3, 4, 5),torch.randint(3, (2, 4, 5))
+    assert accuracy(out, y) == (out.argmax(1) == y).float().mean()
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_among_equal_scores_the_first_counts(dtype):
+    out = torch.tensor([[1, 1, 1], [0, 2, 2], [5, 5, 0]]).to(dtype)
+    assert accuracy(out, torch.tensor([0, 1, 0])) == 1 and accuracy(out, torch.tensor([2, 2, 1])) == 0
+
+def test_a_row_with_nan_is_wrong():
+    "Its largest score would be the NaN"
+    nan,inf = float('nan'),float('inf')
+    assert accuracy(torch.full((4, 3), nan), torch.zeros(4)) == 0
+    assert accuracy(torch.tensor([[1, nan, 0], [nan, 0, 0], [0, inf, 0], [-inf, 0, 1]]), torch.tensor([1, 0, 1, 2])) == .5
+
+@pytest.mark.parametrize('out,y,error,message', [
+    (torch.randn(8, 3), torch.zeros(8, 1), ValueError, r'not targets of shape \(8, 1\): squeeze\(1\)'),
+    (torch.randn(3, 3), torch.eye(3), ValueError, r'not targets of shape \(3, 3\): .*argmax\(1\) undoes one-hot'),
+    (torch.randn(8, 3), torch.zeros(7), ValueError, r'each row of out \(8, 3\), not targets of shape \(7,\)'),
+    (torch.randn(8, 3), torch.tensor(0), ValueError, 'not targets of shape'),
+    (torch.randn(8, 1), torch.zeros(8), ValueError, r'several classes, not out of shape \(8, 1\)'), # it would always guess 0
+    (torch.randn(8), torch.zeros(8), ValueError, r'several classes, not out of shape \(8,\)'),
+    (torch.randn(8, 3, 2), torch.zeros(8), ValueError, 'not targets'),
+    (torch.randn(4, 3), [0, 1, 2, 0], TypeError, 'takes tensors, not list: torch.as_tensor'),
+    (np.zeros((4, 3)), np.zeros(4), TypeError, 'takes tensors'), ((torch.randn(4, 3),), torch.zeros(4), TypeError, 'takes tensors')])
+def test_targets_of_another_shape(out, y, error, message):
+    for f in (accuracy, lambda out, y: report(torch.tensor(1.), out, y)):
+        with pytest.raises(error, match=message): f(out, y)
+
+def test_accuracy_does_not_wait_for_the_device():
+    "Tensors without contents can be asked for nothing but their shapes"
+    assert accuracy(torch.zeros(4, 3, device='meta'), torch.zeros(4, device='meta')).shape == ()
 
 def test_report_prints_loss_and_accuracy(capsys):
     report(torch.tensor(1.234), torch.eye(4)[:3], torch.tensor([0, 1, 3]))
@@ -40,12 +73,56 @@ def test_a_loop_without_validation_data_says_so():
     with pytest.raises(ValueError, match='valid_dl gave no batch'):
         fit(1, model, F.cross_entropy, optim.SGD(model.parameters(), lr=.1), batches(8), [])
 
+class SGD:
+    "As one writes it by hand: it knows two things, and forgets only what there is to forget"
+    def __init__(self, params, lr): self.params,self.lr = list(params),lr
+    def step(self):
+        with torch.no_grad():
+            for p in self.params: p -= self.lr*p.grad
+    def zero_grad(self):
+        for p in self.params: p.grad.zero_()
+
+def test_a_homemade_optimizer_trains_the_same():
+    ends = []
+    for make in (SGD, optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        fit(2, model, F.cross_entropy, make(model.parameters(), lr=.1), batches(8, 8, 3), batches(5))
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends)
+
+def model_and(opt): return (m := nn.Linear(4, 3)),opt(m.parameters(), lr=.1)
+
+@pytest.mark.parametrize('kwargs,error,message', [
+    (dict(opt=None), TypeError, 'opt needs step and zero_grad, which None does not have'),
+    (dict(opt=optim.SGD), TypeError, "opt needs step and zero_grad, which <class 'torch.optim.sgd.SGD'>"),
+    (dict(opt=F.cross_entropy), TypeError, 'opt needs step'), (dict(epochs=0), ValueError, 'at least one epoch, not 0'),
+    (dict(train_dl=[]), ValueError, 'train_dl gave no batch'), (dict(valid_dl=[]), ValueError, 'valid_dl gave no batch'),
+    (dict(train_dl=iter(batches(8, 8))), TypeError, r'train_dl gives its batches once, not each epoch: take list\(train_dl\)'),
+    (dict(valid_dl=(b for b in batches(8))), TypeError, 'valid_dl gives its batches once')])
+def test_wrong_calls_of_fit_train_nothing(kwargs, error, message):
+    model,opt = model_and(optim.SGD)
+    before = weights(model).clone()
+    given = dict(epochs=2, model=model, loss_func=F.cross_entropy, opt=opt, train_dl=batches(8, 8), valid_dl=batches(5))
+    with pytest.raises(error, match=message): fit(**{**given, **kwargs})
+    assert torch.equal(weights(model), before)
+
+def test_one_epoch_may_be_of_a_generator(capsys):
+    model,opt = model_and(optim.SGD)
+    fit(1, model, F.cross_entropy, opt, (b for b in batches(8, 8)), iter(batches(5)))
+    assert capsys.readouterr().out.startswith('0 ')
+
 def test_a_dataset_pairs_what_is_of_equal_length():
     ds = Dataset(torch.arange(10), torch.arange(10)*2)
     assert len(ds) == 10 and ds[3] == (3, 6)
     train,valid = get_dls(ds, ds, 4)
     assert [len(x) for x,_ in valid] == [8, 2] and sorted(torch.cat([x for x,_ in train]).tolist()) == list(range(10))
     with pytest.raises(ValueError, match='3 inputs but 2 targets'): Dataset([1, 2, 3], [1, 2])
+
+@pytest.mark.parametrize('x,y,message', [(3, 4, 'x needs __len__ and __getitem__, which 3'), ([1], None, 'y needs .* None'),
+                                         (zip([1], [2]), [1], 'x needs'), ([1], list, 'y needs')])
+def test_a_dataset_needs_sequences(x, y, message):
+    with pytest.raises(TypeError, match=message): Dataset(x, y)
 
 @pytest.mark.parametrize('name', ['full', 'cpu', 'quick'])
 def test_a_budget_can_be_named(monkeypatch, name):
