@@ -7,16 +7,18 @@ several batches, and training on several devices with Hugging Face accelerate"""
 __all__ = ['MixedPrecision', 'GradClipCB', 'GradAccumCB', 'AccelerateCB', 'CheckpointCB', 'EMACB']
 
 # %% ../nbs/14_mixed_precision.ipynb #c4b38868
-import warnings
+import copy, warnings
+from contextlib import ExitStack
 
-import torch
+import numpy as np, torch
 from torch import nn
 
 from .checkpoint import CheckpointCB
-from .conv import to_device
+from .conv import map_tensors, to_device
 from .datasets import DataLoaders
 from .ema import EMACB
-from .learner import Callback, CancelStepException, DeviceCB, Mean, MetricsCB, TrainCB, first_tensor
+from .learner import (Callback, CancelStepException, DeviceCB, FuncMetric, Learner, Mean, MetricsCB, TrainCB, WrappedDL,
+                            n_items)
 
 _all_ = [CheckpointCB, EMACB] # once part of this module, and still importable from it
 
@@ -36,28 +38,33 @@ class _ScaledCB(TrainCB):
 
 class MixedPrecision(_ScaledCB):
     "TrainCB with predictions and loss under autocast: float16 with loss scaling on CUDA, bfloat16 elsewhere (on a CPU with a warning)"
+    autocast = None
     def __init__(self,
         n_inp: int=1, # parts of the batch that go into the model
         dtype: torch.dtype=None # `torch.float16` or `torch.bfloat16`; chosen by the device if `None`
     ):
+        _check_dtype(n_inp, dtype)
         super().__init__(n_inp)
         self.wanted = dtype
 
     def before_fit(self, learn):
+        _check_learner(learn, self)
         device = next((p.device for p in learn.model.parameters()), torch.device('cpu')).type
         if device == 'cpu': warnings.warn('mixed precision is meant for GPUs: on most CPUs it is many times slower than float32 (TrainCB)')
         self.dtype = self.wanted or (torch.float16 if device == 'cuda' else torch.bfloat16)
-        self.autocast,self._inside = torch.autocast(device, self.dtype),False
+        self.autocast,self.inside,self.was = torch.autocast(device, self.dtype),ExitStack(),torch.is_autocast_enabled(device)
         self._use(torch.amp.GradScaler(device, enabled=self.dtype == torch.float16))
+        _check_can_scale(self.scaler, learn.opt, hasattr(learn.opt, 'param_groups'))
 
-    def before_batch(self, learn):
-        self.autocast.__enter__()
-        self._inside = True
+    def before_batch(self, learn): self.inside.enter_context(self.autocast)
     def after_loss(self, learn): self._leave()
     def cleanup_batch(self, learn): self._leave()
+    def cleanup_fit(self, learn):
+        if self.autocast is not None: torch.set_autocast_enabled(self.autocast.device, self.was)
+        self.autocast = None
     def _leave(self):
-        if self._inside: self.autocast.__exit__(None, None, None)
-        self._inside = False
+        self.inside.close()
+        torch.clear_autocast_cache() # within the autocast of another fit it would stay, without gradients or with old weights
 
     def backward(self, learn): self.scaler.scale(learn.loss).backward()
     def after_backward(self, learn): self.scaler.unscale_(learn.opt) # callbacks of a higher order see the true gradients
@@ -66,11 +73,32 @@ class MixedPrecision(_ScaledCB):
         self.scaler.update()
         self._tell_if_stepped(learn)
 
+# %% ../nbs/14_mixed_precision.ipynb #e14c0001
+def _check_dtype(n_inp, dtype):
+    if isinstance(n_inp, (str, torch.dtype)):
+        raise TypeError(f'the first parameter of MixedPrecision is n_inp: write MixedPrecision(dtype=...), with {n_inp!r} as torch.float16 '
+                        'or torch.bfloat16')
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise TypeError(f'dtype is torch.float16 or torch.bfloat16, or None to choose by the device, not {dtype!r}')
+
+def _check_learner(learn, cb):
+    own = [nm for nm in ('backward', 'step', 'zero_grad') if getattr(getattr(learn, nm), '__func__', None) is not getattr(Learner, nm)]
+    if not own: return
+    kind,engine = type(learn).__name__,type(cb).__name__
+    raise ValueError(f'{kind} has steps of its own ({", ".join(own)}), which would go past those of {engine}: use Learner with {engine}() '
+                     f'in cbs, and write what is special in your steps as a subclass of {engine}')
+
+def _check_can_scale(scaler, opt, can):
+    if scaler.is_enabled() and opt is not None and not can:
+        raise TypeError(f'loss scaling needs an optimizer of PyTorch, whose gradients it can look at, not a {type(opt).__name__}: '
+                        'choose bfloat16, which is not scaled')
+
 # %% ../nbs/14_mixed_precision.ipynb #2f8ada0d
 class GradClipCB(Callback):
     "Shorten the gradient of all parameters together to the length `max_norm`, where it is longer"
     order = MixedPrecision.order+1 # after gradients are unscaled
     def __init__(self, max_norm: float=1.):
+        if not hasattr(max_norm, '__float__'): raise TypeError(f'max_norm is a number, not {max_norm!r}')
         if not max_norm > 0: raise ValueError(f'max_norm is a length above 0, not {max_norm}')
         self.max_norm = max_norm
     def after_backward(self, learn):
@@ -81,16 +109,19 @@ class GradAccumCB(Callback):
     "Step once for `n` batches, with the gradient of the mean over all their items; an epoch's last group may be smaller"
     order = MixedPrecision.order-1 # its group is complete, or cancelled, before gradients are unscaled
     def __init__(self, n: int):
+        if not hasattr(n, '__index__'): raise TypeError(f'n is a whole number of batches, not {n!r}')
         if n < 1: raise ValueError(f'n is a number of batches, at least 1, not {n}')
         self.n = n
 
+    def before_fit(self, learn): self.batches = 0
     def before_epoch(self, learn):
         if not learn.training: return
+        if self.batches: learn.zero_grad() # a part of a group, left by an epoch that was cut short
         self.last,self.items,self.batches = _length(learn.dl)-1,0,0
 
     def after_loss(self, learn):
         if not learn.training: return
-        self.loss,self.size = learn.loss,len(first_tensor(learn.batch))
+        self.loss,self.size = learn.loss,n_items(learn.batch)
         if not self.batches: self.unit = self.size # so that weights are near 1, where 16 bits are finer than near 128
         learn.loss = learn.loss*(self.size/self.unit)
 
@@ -101,26 +132,38 @@ class GradAccumCB(Callback):
         torch._foreach_div_([p.grad for p in learn.model.parameters() if p.grad is not None], self.items/self.unit)
         self.items = self.batches = 0
 
+    def after_epoch(self, learn):
+        if learn.training and self.batches: warnings.warn(
+            f'dls.train gave {learn.iter+1} batches, but has the length {self.last+1}: the last {self.batches} made no step')
+
 def _length(dl):
     try: return len(dl)
     except TypeError: raise ValueError('GradAccumCB needs to know which batch is the last: a dls.train that has a length') from None
 
 # %% ../nbs/14_mixed_precision.ipynb #7ea040ff
-class _Share:
+class _Share(WrappedDL):
     "This process's share of each batch of `dl`. All processes draw the same order, and then random numbers of their own"
-    def __init__(self, dl, acc): self.dl,self.rank,self.n = dl,acc.process_index,acc.num_processes
-    def __len__(self): return len(self.dl)
+    def __init__(self, dl, acc):
+        super().__init__(dl)
+        self.rank,self.n = acc.process_index,acc.num_processes
     def __iter__(self):
-        from accelerate.utils import broadcast_object_list, recursively_apply
+        from accelerate.utils import broadcast_object_list
         seed = broadcast_object_list([torch.randint(2**31, ()).item()])[0]
         torch.manual_seed(seed)
         for i,batch in enumerate(self.dl):
             if i == 0: torch.manual_seed(seed+1+self.rank) # the order is drawn
-            total = len(first_tensor(batch))
+            total = n_items(batch)
             _check_enough(total, self.n)
-            part = recursively_apply(lambda t: t[self.rank::self.n], batch)
-            self.weight = len(first_tensor(part))*self.n/total
+            part = _rows(batch, total, slice(self.rank, None, self.n))
+            self.weight = n_items(part)*self.n/total
             yield part
+
+def _rows(batch, total, rows):
+    "The `rows` of all in `batch` that has `total` of them"
+    def take(x):
+        some = x.ndim if isinstance(x, (torch.Tensor, np.ndarray)) else isinstance(x, (list, tuple))
+        return x[rows] if some and len(x) == total else x
+    return map_tensors(take, batch, rest=take)
 
 def _check_enough(total, n):
     if total < n: raise ValueError(f'a batch of {total} cannot be shared by {n} processes: choose a batch size that leaves no such rest')
@@ -130,51 +173,41 @@ class _AddUp(Callback):
     order = MetricsCB.order-1
     def __init__(self, acc): self.acc = acc
     def after_epoch(self, learn):
-        for m in learn.metrics.all_metrics.values() if hasattr(learn, 'metrics') else ():
-            if not isinstance(m, Mean): continue
+        metrics = learn.metrics.all_metrics.values() if hasattr(learn, 'metrics') else ()
+        for m in [o for m in metrics for o in (m.means.values() if isinstance(m, FuncMetric) else [m]) if isinstance(o, Mean)]:
             m.add_up()
             sums = torch.tensor([float(m.total), float(m.weights)], device=self.acc.device)
             m.total,m.weights = self.acc.reduce(sums).unbind()
 
 # %% ../nbs/14_mixed_precision.ipynb #37a63fdd
-def _accelerator(mixed_precision, made=None):
-    "`made`, or a new one: accelerate has one precision for the whole process, and must forget it where another is asked for"
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    if AcceleratorState._shared_state.get('_mixed_precision', mixed_precision) != mixed_precision:
-        AcceleratorState._reset_state()
-        made = None
-    return made or Accelerator(mixed_precision=mixed_precision)
-
-def _available(mixed_precision):
-    "`mixed_precision`, or 'no' with a warning where this machine does not have it"
-    if mixed_precision != 'fp16' or torch.cuda.is_available(): return mixed_precision
-    warnings.warn("fp16 needs CUDA, which is not here: AccelerateCB goes on in float32 (mixed_precision='no')", stacklevel=3)
-    return 'no'
-
-def _check_devices(cbs, device):
-    for cb in cbs:
-        if isinstance(cb, DeviceCB) and torch.device(cb.device).type != device.type:
-            raise ValueError(f'DeviceCB moves batches to {cb.device}, but accelerate works on {device}: leave DeviceCB out of cbs')
-
 class AccelerateCB(_ScaledCB):
-    "TrainCB on Hugging Face accelerate, which places, casts and steps; `fp16` needs CUDA, and is float32 with a warning elsewhere"
+    """TrainCB on Hugging Face accelerate, which places, casts and steps; `fp16` needs CUDA, and is float32 with a warning elsewhere.
+    Several processes share each batch; a loader that shuffles gives them another order than one process has"""
+    was = add_up = None # outside a fit
     def __init__(self,
         n_inp: int=1, # parts of the batch that go into the model
         mixed_precision: str='fp16' # 'no', 'fp16' or 'bf16'
     ):
+        _check_precision(n_inp, mixed_precision)
         super().__init__(n_inp)
         self.mixed_precision = _available(mixed_precision)
         self.acc = _accelerator(self.mixed_precision)
 
     def before_fit(self, learn):
+        _check_learner(learn, self)
+        self.guest = self.was is not None # a copy in the middle of a fit: the model is prepared, and stays so
+        if self.guest: self.acc = _apart(self.acc)
+        else: self._prepare(learn)
+        if learn.opt is not None: learn.opt = self.acc.prepare(learn.opt)
+        self._use(self.acc.scaler or torch.amp.GradScaler(self.acc.device.type, enabled=False))
+        _check_can_scale(self.scaler, learn.opt, isinstance(learn.opt, torch.optim.Optimizer))
+
+    def _prepare(self, learn):
         self.acc = _accelerator(self.mixed_precision, self.acc)
         _check_devices(learn.cbs, self.acc.device)
         self.together = self.acc.num_processes > 1
         self.was = learn.model,learn.dls
         learn.model = self.acc.prepare(learn.model)
-        if learn.opt is not None: learn.opt = self.acc.prepare(learn.opt)
-        self._use(self.acc.scaler or torch.amp.GradScaler(self.acc.device.type, enabled=False))
         if not self.together: return
         learn.dls = DataLoaders(*[_Share(dl, self.acc) for dl in (learn.dls.train, learn.dls.valid)])
         self.add_up = _AddUp(self.acc)
@@ -190,9 +223,43 @@ class AccelerateCB(_ScaledCB):
         self._tell_if_stepped(learn)
 
     def cleanup_fit(self, learn):
-        if not hasattr(self, 'was'): return
-        self.acc.unwrap_model(learn.model, keep_fp32_wrapper=False)
+        if self.was is None or self.guest: return
         learn.model,learn.dls = self.was
-        if self.together: learn.cbs.remove(self.add_up)
+        learn.cbs[:] = [cb for cb in learn.cbs if cb is not self.add_up]
+        self.was = self.add_up = None
+        self.acc.unwrap_model(learn.model, keep_fp32_wrapper=False)
         self.acc.free_memory()
-        del self.was
+
+# %% ../nbs/14_mixed_precision.ipynb #e14c0002
+def _accelerator(mixed_precision, made=None):
+    "`made`, or a new one: accelerate has one precision for the whole process, and must forget it where another is asked for"
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    if (state := AcceleratorState._shared_state) and state.get('_mixed_precision') != mixed_precision: # or has none, after an error
+        AcceleratorState._reset_state()
+        made = None
+    return made or Accelerator(mixed_precision=mixed_precision)
+
+def _apart(acc):
+    "An accelerator that leaves the scale and the optimizer of `acc` alone"
+    res = copy.copy(acc)
+    res._optimizers,res._models = [],[]
+    if acc.scaler is not None: res.scaler = torch.amp.GradScaler(acc.device.type)
+    return res
+
+def _available(mixed_precision):
+    "`mixed_precision`, or 'no' with a warning where this machine does not have it"
+    if mixed_precision != 'fp16' or torch.cuda.is_available(): return mixed_precision
+    warnings.warn("fp16 needs CUDA, which is not here: AccelerateCB goes on in float32 (mixed_precision='no')", stacklevel=3)
+    return 'no'
+
+def _check_precision(n_inp, mixed_precision):
+    if isinstance(n_inp, str):
+        raise TypeError(f'the first parameter of AccelerateCB is n_inp: write AccelerateCB(mixed_precision={n_inp!r})')
+    if mixed_precision not in ('no', 'fp16', 'bf16'):
+        raise ValueError(f"mixed_precision is 'no', 'fp16' or 'bf16', not {mixed_precision!r}")
+
+def _check_devices(cbs, device):
+    for cb in cbs:
+        if isinstance(cb, DeviceCB) and torch.device(cb.device).type != device.type:
+            raise ValueError(f'DeviceCB moves batches to {cb.device}, but accelerate works on {device}: leave DeviceCB out of cbs')
