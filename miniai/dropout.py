@@ -7,7 +7,7 @@ that later notebooks use: training it, keeping it, and the three that come with 
 __all__ = ['Dropout', 'Dropout2d', 'Classifier', 'fit_classifier', 'save_classifier', 'load_classifier', 'trained_classifier']
 
 # %% ../nbs/10_dropout.ipynb #4ea43ef8
-import json
+import json, os, tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import noop
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn, optim
 from torch.distributions import Binomial
 
-from .activations import set_seed
-from .conv import def_device
+from .activations import check_whole, set_seed
+from .conv import def_device, unwrap_model
 from .datasets import cache_dir, fashion_mnist, in_memory, is_drawn
-from .init import BatchTransformCB, init_weights
+from .init import BatchTransformCB, check_channels, init_weights
 from .learner import DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, cb_list
 from .resnet import ResBlock
 from .sgd import BatchSchedCB
@@ -66,38 +66,52 @@ class Classifier(nn.Sequential):
         drop: float=0.1, # share of the features that is dropped before the last layer
         drop2d: float=0. # share of the channels that is dropped after the first block
     ):
-        if len(nfs) < 2: raise ValueError(f'nfs needs at least two numbers of channels, not {nfs}')
+        nfs = check_channels(nfs, least=2)
         block = partial(ResBlock, norm=nn.BatchNorm2d)
         halving = [block(ni, nf, stride=2) for ni,nf in pairwise(nfs[:-1])]
         super().__init__(block(1, nfs[0], ks=5), Dropout2d(drop2d), *halving, block(*nfs[-2:], ks=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          Dropout(drop), nn.Linear(nfs[-1], 10, bias=False), nn.BatchNorm1d(10))
-        self.config = dict(nfs=list(nfs), drop=drop, drop2d=drop2d)
+        self.config = dict(nfs=nfs, drop=drop, drop2d=drop2d)
         self.apply(partial(init_weights, leaky=0.1))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return super().forward(_check_pixels(self, x))
     # a slice would be another Classifier, but is only some of its layers
     def __getitem__(self, i): return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
-    def features(self, x: torch.Tensor) -> torch.Tensor: return self[:-3](x) # (n, 1, h, w) → (n, nfs[-1]), before dropout
+    def features(self, x: torch.Tensor) -> torch.Tensor: # (n, 1, h, w) → (n, nfs[-1]), before dropout
+        return self[:-3](_check_pixels(self, x))
+
+def _check_pixels(model, x):
+    "Refuse bytes, and numbers up to 255. To look at the numbers waits for the device, so not while training"
+    if not x.is_floating_point() or not (model.training or x.is_meta or torch.compiler.is_compiling()) and x.numel() and x.amax() > 64:
+        raise ValueError('a Classifier takes images from 0 to 1, not from 0 to 255: divide them by 255, as datasets.to_float does')
+    return x
 
 # %% ../nbs/10_dropout.ipynb #37ed8f33
 def fit_classifier(
     dd: Mapping, # `datasets.DatasetDict`; the first set to train on, the second to judge by after each epoch
     seed: int=0, # of the first weights, the order of the images, flips and dropout
     n_epochs: int=5,
-    bs: int=128, # images a batch
+    bs: int=128, # images a batch; a last batch of one is left out
     lr: float=1e-2, # the highest, of OneCycle
     device=def_device,
     cbs=None, # further callbacks, such as `ProgressCB()`
-    tfm: Callable=noop, # changes each training batch, such as mirroring images
+    tfm: Callable=None, # changes each training batch, such as mirroring images
     **config # of `Classifier`
 ) -> Learner:
     "Train a `Classifier`"
+    check_whole('n_epochs', n_epochs)
     set_seed(seed)
-    dls,model = in_memory(dd, bs, device=device),Classifier(**config).to(memory_format=torch.channels_last)
-    sched = partial(optim.lr_scheduler.OneCycleLR, max_lr=lr, total_steps=n_epochs*len(dls.train))
-    own = [TrainCB(), DeviceCB(device), MetricsCB(accuracy=accuracy), BatchSchedCB(sched), BatchTransformCB(tfm, on_val=False)]
+    dls,model = in_memory(dd, check_whole('bs', bs, least=2), device=device),Classifier(**config).to(memory_format=torch.channels_last)
+    dls.train.drop_last = len(dls.train.tensors[0]) % bs == 1 # BatchNorm has nothing to learn from one
+    sched = partial(optim.lr_scheduler.OneCycleLR, max_lr=lr, total_steps=n_epochs*_n_batches(dls.train))
+    own = [TrainCB(), DeviceCB(device), MetricsCB(accuracy=accuracy), BatchSchedCB(sched), BatchTransformCB(tfm or noop, on_val=False)]
     learn = Learner(model, dls, F.cross_entropy, lr, own + cb_list(cbs), optim.AdamW)
     learn.fit(n_epochs)
     return learn
+
+def _n_batches(dl):
+    if not len(dl): raise ValueError('there are too few images: a classifier needs two or more to train on')
+    return len(dl)
 
 # %% ../nbs/10_dropout.ipynb #ee62f0ac
 def save_classifier(
@@ -106,12 +120,21 @@ def save_classifier(
     **about # whatever else should be written down: numbers, strings
 ) -> None:
     "Keep a classifier; with weights in 16 bits"
-    folder = Path(folder)
+    model = unwrap_model(model)
+    text,folder = _config_text(model, about),Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: (v.half() if v.ndim > 1 else v).cpu().contiguous() for k,v in model.state_dict().items()}
-    save_file(weights, folder/'model.tmp')
-    (folder/'model.tmp').replace(folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(dict(model.config, about=about), indent=1)) # last: where it is, all is there
+    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as tmp:
+        save_file(weights, Path(tmp)/'model.safetensors')
+        (Path(tmp)/'config.json').write_text(text)
+        for nm in ('model.safetensors', 'config.json'): (Path(tmp)/nm).replace(folder/nm) # where config.json is, all is there
+
+def _config_text(model, about):
+    if not isinstance(model, Classifier): raise TypeError(f'save_classifier keeps a Classifier, not a {type(model).__name__}')
+    def number(o): # of NumPy or PyTorch
+        if getattr(o, 'ndim', None) == 0: return o.item()
+        raise TypeError(f'what is written about a classifier has to be numbers, strings, lists and dicts of them, not {o!r}')
+    return json.dumps(dict(model.config, about=about), indent=1, default=number)
 
 # %% ../nbs/10_dropout.ipynb #c1b3fd98
 def load_classifier(
@@ -121,22 +144,51 @@ def load_classifier(
     folder = Path(folder)
     for nm in ('config.json', 'model.safetensors'):
         if not (folder/nm).exists(): raise FileNotFoundError(f'{folder} has no {nm}: a folder that save_classifier wrote has one')
-    config = json.loads((folder/'config.json').read_text())
-    config.pop('about', None)
-    model = Classifier(**config).eval().to(memory_format=torch.channels_last)
-    path = folder/'model.safetensors'
-    try: model.load_state_dict(load_file(path))
+    config,path = _read_config(folder/'config.json'),folder/'model.safetensors'
+    try:
+        _check_shapes(path, config)
+        model = Classifier(**config).eval().to(memory_format=torch.channels_last)
+        model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as e: raise ValueError(f'{path} is damaged, or not of this classifier: {e}') from e
     return model
+
+# %% ../nbs/10_dropout.ipynb #f71ee037
+def _read_config(path):
+    try:
+        if (size := path.stat().st_size) > 100_000: raise ValueError(f'it has {size:,} bytes')
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict): raise ValueError(f'it holds a {type(config).__name__}')
+        config.pop('about', None)
+        if odd := config.keys() - {'nfs', 'drop', 'drop2d'}: raise ValueError(f'a Classifier takes no {sorted(odd)}')
+        if len(config.get('nfs', ())) > 32: raise ValueError(f'nfs has {len(config["nfs"])} numbers')
+        with torch.device('meta'): Classifier(**config)
+    except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'{path} is damaged, or not of a classifier: {e}') from e
+    return config
+
+def _check_shapes(path, config):
+    with safe_open(path, 'pt') as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    with torch.device('meta'): asked = {k: tuple(v.shape) for k,v in Classifier(**config).state_dict().items()}
+    odd = [k for k in asked | found if asked.get(k) != found.get(k)]
+    if odd: raise RuntimeError(f'{odd[0]} is {found.get(odd[0], "missing")}, and should be {asked.get(odd[0], "missing")}')
 
 # %% ../nbs/10_dropout.ipynb #2ba6f9f0
 def _like_ours(dd, n_epochs):
     "Would a classifier be trained as those that come with miniai, on all images of Fashion-MNIST five times?"
     return n_epochs == 5 and (dd is None or len(next(iter(dd.values()))) == 60_000)
 
+def _check_sets(dd):
+    if not isinstance(dd, Mapping) or not dd: raise TypeError(f'dd has to be a dict of sets, such as fashion_mnist gives, not {dd!r}')
+    return dd
+
 def _check_real(dd):
     if is_drawn(dd): raise RuntimeError('the real Fashion-MNIST is not here, see fashion_mnist; '
                                         'with trained_classifier(dd=dd) you get a classifier of the stand-in')
+
+def _check_folder(path):
+    "Can the classifier be kept there? That is asked before the training, not after it"
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f'a classifier cannot be kept in the folder {path}: {e}') from e
+    if not os.access(path, os.W_OK): raise ValueError(f'a classifier cannot be kept in {path}: it may not be written to')
 
 def trained_classifier(
     seed: int=0, # 0 to 2 come with miniai; others are trained when they are first asked for
@@ -146,13 +198,16 @@ def trained_classifier(
     device=def_device
 ) -> Classifier: # in evaluation mode
     "A classifier with dropout 0.1 that is right about 93.6 % of the test images of Fashion-MNIST"
-    if dd is not None and is_drawn(dd): return fit_classifier(dd, seed, n_epochs, device=device).model.eval()
+    check_whole('n_epochs', n_epochs)
+    if folder and Path(folder).is_file(): raise NotADirectoryError(f'folder is a file: {folder}')
+    if dd is not None and is_drawn(_check_sets(dd)): return fit_classifier(dd, seed, n_epochs, device=device).model.eval()
     folders = [Path(folder)] if folder else [files('miniai')/f'weights/classifier-{seed}', cache_dir()/f'classifier-{seed}']
     for path in folders:
         if (path/'config.json').exists(): return load_classifier(path).to(device)
     keep = folder or _like_ours(dd, n_epochs)
     dd = fashion_mnist() if dd is None else dd
     _check_real(dd)
+    if keep: _check_folder(folders[-1])
     model = fit_classifier(dd, seed, n_epochs, device=device, cbs=ProgressCB()).model
     if keep: save_classifier(model, folders[-1], seed=seed, n_epochs=n_epochs)
     return model.eval()

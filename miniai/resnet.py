@@ -32,7 +32,7 @@ class ResBlock(nn.Module):
         ni: int, nf: int, # channels in and out
         stride: int=1, # of the second convolution; the input is averaged to the same size
         ks: int=3, # width of the windows; odd, or the size would change
-        act: Callable=act_gr, # makes an activation
+        act: Callable=act_gr, # makes an activation; `None` for none
         norm: Callable=None # channels → normalisation; after every convolution
     ):
         super().__init__()
@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
         self.convs = _conv_block(ni, nf, stride, act=act, norm=norm, ks=ks)
         self.idconv = noop if ni==nf else conv(ni, nf, ks=1, stride=1, act=None, norm=norm)
         self.pool = noop if stride==1 else nn.AvgPool2d(stride, ceil_mode=True)
-        self.act = act()
+        self.act = noop if act is None else act()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (n, ni, h, w) → (n, nf, ⌈h/stride⌉, ⌈w/stride⌉)
         return self.act(self.convs(x) + self.idconv(self.pool(x)))

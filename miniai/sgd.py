@@ -7,42 +7,145 @@ The notebook first builds SGD, momentum, RMSProp and Adam by hand, to see what a
 __all__ = ['BaseSchedCB', 'BatchSchedCB', 'EpochSchedCB', 'HasLearnCB', 'RecorderCB']
 
 # %% ../nbs/07_sgd.ipynb #689b20c9
+import inspect, warnings
+from collections import Counter
 from collections.abc import Callable
+from math import ceil
+
+import numpy as np, torch
+from torch import optim
+from torch.optim import lr_scheduler
 
 from .learner import Callback, to_cpu
 
 # %% ../nbs/07_sgd.ipynb #c4c95b9a
 class BaseSchedCB(Callback):
-    "Makes a scheduler for the fit's optimizer; subclasses say when it steps"
-    sets_lr = True
+    "Makes a scheduler for the fit's optimizer; subclasses say when it steps. One that ends before or after the training says so"
+    takes_part = False
+    _begun = False
     def __init__(self,
         sched: Callable # optimizer → scheduler
     ):
-        if not callable(sched):
-            raise TypeError(f'sched is a {type(sched).__name__} object, but has to be a function that makes a scheduler for the '
-                            'optimizer of each fit, such as partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=100)')
+        _check_sched_func(sched)
         self.sched = sched
 
-    def before_fit(self, learn):
-        if learn.opt is None: raise ValueError(f'{type(self).__name__} has no optimizer to schedule: the Learner has opt_func=None')
-        self.schedo = self.sched(learn.opt)
+    def before_fit(self, learn): self._begin(learn)
+    def before_epoch(self, learn):
+        if not self._begun: self._begin(learn) # in a subclass with a `before_fit` of its own
+    def cleanup_fit(self, learn): self._begun = False
+
+    def _begin(self, learn):
+        self.schedo = _made(self, learn.opt)
+        self._begun,self.gaps,self.waited = True,Counter(),0 # how many batches there were from step to step
 
     def _step(self, learn):
-        if learn.training: self.schedo.step()
+        if not learn.training: return
+        try: self.schedo.step()
+        except ValueError as e:
+            _check_past_end(self, learn, e)
+            raise
+        self.gaps[self.waited] += 1
+        self.waited = 0
 
-    def state_dict(self) -> dict: return self.schedo.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.schedo.load_state_dict(state)
+    def after_fit(self, learn):
+        if self._begun and self.gaps: _check_end(self)
+
+    def state_dict(self) -> dict: return _check_keepable(self.schedo).state_dict()
+    def load_state_dict(self, state: dict) -> None:
+        _check_same_length(self.schedo, state)
+        self.schedo.load_state_dict(state)
 
 # %% ../nbs/07_sgd.ipynb #64ce3c78
 class BatchSchedCB(BaseSchedCB):
     "Step the scheduler after each training batch in which the optimizer stepped"
     def after_batch(self, learn):
-        if learn.training and learn.stepped: self._step(learn)
+        if not learn.training: return
+        self.waited += 1
+        if learn.stepped: self._step(learn)
 
 # %% ../nbs/07_sgd.ipynb #03c048c7
 class EpochSchedCB(BaseSchedCB):
     "Step the scheduler after each training epoch"
     def after_epoch(self, learn): self._step(learn)
+
+# %% ../nbs/07_sgd.ipynb #63dbd459
+_LENGTHS = 'total_steps', 'T_max', 'total_iters' # what schedulers call the number of steps that they are made for
+
+def _length(schedo):
+    "Name and number of the steps that `schedo` is made for; `None` where it has no end"
+    if isinstance(schedo, lr_scheduler.SequentialLR):
+        name,n = _length(schedo._schedulers[-1])
+        return f'the last milestone and {name} together',n and n+schedo._milestones[-1]
+    return next(((nm, n) for nm in _LENGTHS if (n := getattr(schedo, nm, None)) is not None), (None, None))
+
+def _warms_up(schedo): return getattr(schedo, 'end_factor', 1) >= getattr(schedo, 'start_factor', getattr(schedo, 'factor', 2))
+
+def _batches_a_step(cb): return max(1, cb.gaps.most_common(1)[0][0]) if cb.gaps else 1
+def _left_out(cb):
+    "How many steps the optimizer left out, as it does now and then in 16 bits"
+    usual = _batches_a_step(cb)
+    return sum((gap//usual - 1)*k for gap,k in cb.gaps.items() if gap > usual) + cb.waited//usual
+
+def _check_end(cb):
+    for schedo in getattr(cb.schedo, '_schedulers', [cb.schedo]) if isinstance(cb.schedo, lr_scheduler.ChainedScheduler) else [cb.schedo]:
+        name,n = _length(schedo)
+        took = getattr(schedo, 'last_epoch', None)
+        if n is None or took is None or took <= n <= took+_left_out(cb) or took > n and _warms_up(schedo): continue
+        warnings.warn(_ended_wrong(cb, schedo, name, n, took))
+
+def _ended_wrong(cb, schedo, name, n, took):
+    unit = 'epochs' if isinstance(cb, EpochSchedCB) else 'steps'
+    which = f' of the optimizer, of which there is one in {k} batches' if (k := _batches_a_step(cb)) > 1 else ''
+    return (f'{type(schedo).__name__} ended {"before" if took > n else "after"} the training: it was made for {n} {unit}, '
+            f'but the training had {took} {unit}{which}. Right would be {name}={took}')
+
+# %% ../nbs/07_sgd.ipynb #9429e49c
+def _check_past_end(cb, learn, error):
+    "A clearer error for a scheduler that has no next value, if that is what `error` says"
+    name,n = _length(cb.schedo)
+    if n is None or cb.schedo.last_epoch <= n: return
+    k = _batches_a_step(cb)
+    try: right = learn.n_epochs*(1 if isinstance(cb, EpochSchedCB) else ceil(len(learn.dls.train)/k))
+    except TypeError: right = 'epochs times steps of an epoch' # a stream
+    each = f', with one step of the optimizer in {k} batches' if k > 1 else ''
+    raise ValueError(f'{type(cb.schedo).__name__} was made for {n} steps, but the training goes on: '
+                     f'right for {learn.n_epochs} epochs{each} would be {name}={right}') from error
+
+def _lengths(schedo):
+    "All lengths that `schedo`, or its state, has"
+    d = schedo if isinstance(schedo, dict) else getattr(schedo, '__dict__', {})
+    return [f'{nm}={d[nm]}' for nm in _LENGTHS if nm in d] + [o for part in d.get('_schedulers', ()) for o in _lengths(part)]
+
+def _check_same_length(schedo, state):
+    was,now = (', '.join(_lengths(o)) or 'no known length' for o in (state, schedo))
+    if was != now: raise ValueError(f'the checkpoint has a schedule of {was}, but this fit one of {now}. A fit that is resumed goes on '
+                                    'with the schedule that it began with; for a shorter or longer one begin anew')
+
+def _check_keepable(schedo):
+    if hasattr(schedo, 'state_dict'): return schedo
+    raise TypeError(f'a checkpoint needs the state_dict of the scheduler, and {type(schedo).__name__} has none')
+
+# %% ../nbs/07_sgd.ipynb #dcb11413
+def _check_sched_func(sched):
+    made = getattr(sched, 'func', sched) # of a partial
+    if not callable(sched) or isinstance(made, type) and issubclass(made, optim.Optimizer):
+        what = f'the class {made.__name__}' if isinstance(made, type) else f'a {type(sched).__name__} object'
+        raise TypeError(f'sched is {what}, but has to be a function that makes a scheduler for the '
+                        'optimizer of each fit, such as partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=100)')
+
+def _made(cb, opt):
+    "The scheduler for `opt`"
+    name = type(cb).__name__
+    if opt is None: raise ValueError(f'{name} has no optimizer to schedule: the Learner has opt_func=None')
+    schedo = cb.sched(opt)
+    if isinstance(schedo, type) or not callable(getattr(schedo, 'step', None)):
+        raise TypeError(f'{name}: sched made {schedo!r}, that has no step. It has to make a scheduler, such as lr_scheduler.OneCycleLR')
+    try: inspect.signature(schedo.step).bind()
+    except TypeError: raise TypeError(f'{name} steps without a metric, which {type(schedo).__name__} asks for: '
+                                      'step it in a callback of your own') from None
+    if getattr(schedo, 'optimizer', opt) not in (opt, getattr(opt, 'optimizer', opt)):
+        raise ValueError(f'{name}: sched gave a scheduler of another optimizer, but each fit has a new one: it has to make one each time')
+    return schedo
 
 # %% ../nbs/07_sgd.ipynb #2c65c088
 class HasLearnCB(Callback):
@@ -53,19 +156,54 @@ class HasLearnCB(Callback):
 # %% ../nbs/07_sgd.ipynb #ca831810
 class RecorderCB(Callback):
     "After each training batch, record `f(self)` for each `name=f`; `self.pg` is the optimizer's first parameter group"
-    def __init__(self, **d): self.d = d
+    opt = None
+    def __init__(self, **d):
+        for k,f in d.items():
+            if not callable(f): raise TypeError(f'{k} has to be a function of this callback, such as lambda cb: cb.pg["lr"], not {f!r}')
+        self.d,self.recs = d,{}
+
     def before_fit(self, learn):
         if learn.opt is None: raise ValueError('RecorderCB has no optimizer to record from: the Learner has opt_func=None')
-        self.recs = {k: [] for k in self.d}
-        self.pg = learn.opt.param_groups[0]
+        self.opt,self.recs = learn.opt,{k: [] for k in self.d}
+
+    @property
+    def pg(self) -> dict: return _groups(self.opt)[0] # looked up each time: a checkpoint replaces them
     def after_batch(self, learn):
-        if learn.training:
-            for k,f in self.d.items(): self.recs[k].append(f(self))
+        if not learn.training: return
+        self.opt = learn.opt
+        for k,f in self.d.items(): self.recs.setdefault(k, []).append(f(self))
+
     def plot(self) -> None:
         "Plot every series that was recorded"
         import matplotlib.pyplot as plt
-        if not any(getattr(self, 'recs', {}).values()):
+        if not any(self.recs.values()):
             raise ValueError('there is nothing to plot: what is named, RecorderCB(lr=...), is recorded in the training of the last fit')
         _,axs = plt.subplots(1, len(self.recs), figsize=(4*len(self.recs), 2.5), squeeze=False, layout='constrained')
         for ax,(k,v) in zip(axs[0], self.recs.items()):
             ax.plot(to_cpu(v)); ax.set_xlabel('step'); ax.set_ylabel(k)
+
+    def state_dict(self) -> dict: return dict(recs={k: o for k,v in self.recs.items() if (o := _plain_series(k, v)) is not None})
+    def load_state_dict(self, state: dict) -> None: self.recs = {k: list(v) for k,v in state['recs'].items()}
+
+def _groups(opt):
+    if not hasattr(opt, 'param_groups'):
+        raise ValueError(f'pg is a parameter group of the optimizer, but {type(opt).__name__} has none (no param_groups): '
+                         'record something else, or use one of PyTorch\'s')
+    return opt.param_groups
+
+# %% ../nbs/07_sgd.ipynb #fa6e7a59
+def _plain(o):
+    "`o` of types that a checkpoint can hold; else a TypeError"
+    if isinstance(o, torch.Tensor): return o.detach().cpu()
+    if isinstance(o, np.generic): return o.item()
+    if isinstance(o, np.ndarray): return torch.as_tensor(o)
+    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
+    if isinstance(o, dict): return {_plain(k): _plain(v) for k,v in o.items()}
+    for t in (bool, int, float, str):
+        if isinstance(o, t): return t(o)
+    if o is None: return o
+    raise TypeError(f'a {type(o).__name__}')
+
+def _plain_series(name, vals):
+    try: return _plain(vals)
+    except TypeError as e: warnings.warn(f'RecorderCB: {name} holds {e}, which a checkpoint cannot: after an interruption it begins anew')

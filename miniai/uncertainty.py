@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import miniai.augment # noqa: F401 (it gives learners capture_preds)
+from .activations import check_whole
+from .conv import map_tensors, unwrap_model
 from .learner import Callback, Learner, cb_list
 
 # %% ../nbs/11_test_time_dropout.ipynb #9325a0b3
@@ -25,19 +27,23 @@ def is_dropout(m: nn.Module) -> bool:
 # %% ../nbs/11_test_time_dropout.ipynb #990450fa
 class TTD_CB(Callback):
     "Test-time dropout: in evaluation dropout layers drop as in training, and nothing else changes (Gal & Ghahramani 2016)"
+    takes_part = True
     woken = ()
-    def _layers(self, learn): return [m for m in learn.model.modules() if is_dropout(m) and m is not learn.model]
     def before_fit(self, learn):
-        if not any(getattr(m, 'p', 1) for m in self._layers(learn)):
+        if not any(getattr(m, 'p', 1) for m in _dropout_layers(learn)):
             warnings.warn('Test-time dropout will have no effect: the model has no dropout layer with p > 0', stacklevel=2)
 
     def before_epoch(self, learn):
-        self.woken = [] if learn.training else self._layers(learn)
+        self.woken = [] if learn.training else _dropout_layers(learn)
         for m in self.woken: m.training = True
 
     def cleanup_epoch(self, learn):
         for m in self.woken: m.training = False
         self.woken = ()
+
+def _dropout_layers(learn):
+    model = unwrap_model(learn.model)
+    return [m for m in model.modules() if is_dropout(m) and m is not model]
 
 MCDropoutCB = TTD_CB # Monte Carlo dropout, its name in papers
 
@@ -46,7 +52,20 @@ def entropy(
     p: torch.Tensor # (..., classes), each row a distribution
 ) -> torch.Tensor: # (...), in nats
     "-Σ p ln p, in which 0·ln 0 is 0"
-    return torch.special.entr(p).sum(-1)
+    return torch.special.entr(_check_probs(p)).sum(-1)
+
+def _tensor(x, name):
+    "`x`, also an array or a list, as a tensor"
+    try: return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(f'expected a tensor of {name}, not {x!r}') from None
+
+def _check_probs(p):
+    "`p` as a tensor whose rows are distributions; an error if they are none"
+    p = _tensor(p, 'probabilities')
+    if not p.ndim: raise ValueError('expected probabilities (..., classes), not one number')
+    if not ((p >= 0).all() and ((p.sum(-1)-1).abs() < 1e-2).all()):
+        raise ValueError('each row should be probabilities, which are not negative and have the sum 1: use softmax')
+    return p
 
 # %% ../nbs/11_test_time_dropout.ipynb #53fc4438
 class PassStats:
@@ -55,8 +74,7 @@ class PassStats:
     def update(self,
         probs: torch.Tensor # (n, classes), the probabilities that one pass gave
     ) -> None:
-        _check_probs(probs)
-        p = probs.detach().cpu().double()
+        p = _check_rows(probs).detach().cpu().double()
         if not self.n_passes: self._probs,self._entropy,self._votes = torch.zeros_like(p),p.new_zeros(len(p)),torch.zeros_like(p)
         _check_shape(p, self._probs)
         self.n_passes += 1
@@ -89,10 +107,10 @@ class PassStats:
         "(n,): the share of passes that do not vote for the class with most votes"
         return 1 - self._mean('_votes').amax(1)
 
-def _check_probs(p):
+def _check_rows(p):
+    p = _check_probs(p)
     if p.ndim != 2: raise ValueError(f'expected probabilities (n, classes), not shape {tuple(p.shape)}')
-    if not ((p >= 0).all() and ((p.sum(1)-1).abs() < 1e-2).all()):
-        raise ValueError('each row should be probabilities, which are not negative and have the sum 1: use softmax')
+    return p
 
 def _check_shape(p, before):
     if p.shape != before.shape: raise ValueError(f'this pass is of shape {tuple(p.shape)}, those before it of {tuple(before.shape)}')
@@ -105,26 +123,39 @@ def mc_predict(
     keep: bool=False # keep the probabilities of all passes, too?
 ) -> tuple: # `PassStats` and targets, and if `keep`, probabilities (n_passes, n, classes)
     "Predict all of `dls.valid` several times, with dropout at work (Gal & Ghahramani 2016)"
-    if n_passes < 1: raise ValueError(f'at least one pass is needed, not {n_passes}')
     stats,passes,targs = PassStats(),[],None
-    for _ in range(n_passes):
+    for i in range(check_whole('n_passes', n_passes)):
         preds,now = learn.capture_preds(cbs=[TTD_CB(), *cb_list(cbs)])
-        if targs is not None and not torch.equal(targs, now):
-            raise ValueError('dls.valid gave the images in another order in each pass: do not shuffle it')
-        targs,probs = now,preds.float().softmax(1)
+        if i: _check_order(targs, now)
+        targs,probs = now,_check_scores(preds).float().softmax(1)
         stats.update(probs)
         if keep: passes.append(probs)
     return (stats, targs, torch.stack(passes)) if keep else (stats, targs)
 
+# %% ../nbs/11_test_time_dropout.ipynb #1e5d684f
+def _check_scores(scores):
+    "`scores` as a tensor; an error if they cannot be what a softmax is to be taken of"
+    scores = _tensor(scores, 'scores')
+    if scores.ndim != 2 or scores.shape[1] < 2: raise ValueError(f'expected scores (n, 2 or more classes), not {tuple(scores.shape)}')
+    if not scores.isfinite().all(): raise ValueError('the scores are not all finite')
+    if len(scores) and (scores >= 0).all() and ((scores.sum(1)-1).abs() < 1e-3).all():
+        raise ValueError('these are probabilities already, not scores: leave out the softmax with which the model ends')
+    return scores
+
+def _check_order(before, now):
+    same = []
+    map_tensors(lambda a,b: same.append(torch.equal(a, b)), before, now)
+    if not all(same): raise ValueError('dls.valid gave the images in another order in each pass: do not shuffle it')
+
 # %% ../nbs/11_test_time_dropout.ipynb #d8d4c76e
 def reliability(
     probs: torch.Tensor, # (n, classes)
-    targs: torch.Tensor, # (n,), the right classes
+    targs: torch.Tensor, # (n,), the right classes; rows with -100 are left out
     n_bins: int=15 # of equal width
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean confidence, accuracy, share of all answers; (n_bins,); NaN, NaN, 0 where empty
     "Confidence against accuracy, bin by bin (Guo et al. 2017)"
-    _check_probs(probs)
-    if len(probs) != len(targs) or not len(targs): raise ValueError(f'{len(probs)} rows of probabilities, but {len(targs)} targets')
+    probs,targs = _with_targs(_check_rows(probs), targs, 'rows of probabilities')
+    check_whole('n_bins', n_bins)
     conf,preds = probs.max(1)
     right = (preds == targs).to(conf)
     bins = (conf*n_bins).ceil().long().clamp(1, n_bins) - 1 # each bin with its upper end
@@ -132,12 +163,16 @@ def reliability(
     n,sums,hits = total(torch.ones_like(conf)),total(conf),total(right)
     return sums/n, hits/n, n/len(conf)
 
-# %% ../nbs/11_test_time_dropout.ipynb #bc6813c4
-def _check_scores(scores, targs):
-    if scores.ndim != 2 or len(scores) != len(targs) or not len(targs):
-        raise ValueError(f'expected scores (n, classes) and as many targets, not {tuple(scores.shape)} and {tuple(targs.shape)}')
-    if not scores.isfinite().all(): raise ValueError('the scores are not all finite')
+def _with_targs(rows, targs, what):
+    "Those `rows` that have a target, and the targets; an error if they are not one class for each row"
+    targs = _tensor(targs, 'targets').to(rows.device)
+    if targs.shape != rows.shape[:1] or not len(targs): raise ValueError(f'{len(rows)} {what}, but targets of shape {tuple(targs.shape)}')
+    rows,targs = rows[targs != -100],targs[targs != -100]
+    if not len(targs) or not ((targs == targs.long()) & (targs >= 0) & (targs < rows.shape[1])).all():
+        raise ValueError(f'a target has to be one of {rows.shape[1]} classes, from 0 to {rows.shape[1]-1} (or -100 for none)')
+    return rows,targs.long()
 
+# %% ../nbs/11_test_time_dropout.ipynb #bc6813c4
 def _check_has_best(scores, targs):
     if (scores.argmax(1) == targs).all(): raise ValueError('all answers are right, so the smaller T the better: there is no best one')
     if scores.gather(1, targs[:,None]).mean() <= scores.mean():
@@ -145,11 +180,10 @@ def _check_has_best(scores, targs):
 
 def fit_temperature(
     scores: torch.Tensor, # (n, classes), before softmax, for inputs that were not trained on
-    targs: torch.Tensor # (n,), the right classes
+    targs: torch.Tensor # (n,), the right classes; rows with -100 are left out
 ) -> float: # T, by which to divide scores
     "Temperature scaling (Guo et al. 2017): the T that makes the cross entropy of `scores/T` smallest"
-    _check_scores(scores, targs)
-    scores,targs = scores.detach().double().cpu(),targs.cpu()
+    scores,targs = _with_targs(_check_scores(scores).detach().double().cpu(), targs, 'rows of scores')
     _check_has_best(scores, targs)
     log_T = torch.zeros((), dtype=torch.float64, requires_grad=True) # of the logarithm any value will do, and T stays positive
     opt = torch.optim.LBFGS([log_T], max_iter=100, tolerance_grad=1e-9, line_search_fn='strong_wolfe')
@@ -167,7 +201,13 @@ def risk_coverage(
     wrong: torch.Tensor # (n,), bool
 ) -> tuple[torch.Tensor, torch.Tensor]: # coverage and risk, each (n,), both between 0 and 1
     "The share of wrong answers among the 1, 2, ... n most certain (El-Yaniv & Wiener 2010)"
-    if score.ndim != 1 or score.shape != wrong.shape or not len(score):
-        raise ValueError(f'expected a score for each answer, not shapes {tuple(score.shape)} and {tuple(wrong.shape)}')
+    score,wrong = _check_ranked(_tensor(score, 'scores of uncertainty'), _tensor(wrong, 'wrong and right answers'))
     k = torch.arange(1, len(score)+1, device=score.device)
     return k/len(score), wrong[score.argsort(stable=True)].cumsum(0)/k
+
+def _check_ranked(score, wrong):
+    if score.ndim != 1 or score.shape != wrong.shape or not len(score):
+        raise ValueError(f'expected a score for each answer, not shapes {tuple(score.shape)} and {tuple(wrong.shape)}')
+    if score.isnan().any(): raise ValueError('some scores are not a number (NaN), and cannot be ranked')
+    if not ((wrong == 0) | (wrong == 1)).all(): raise ValueError('wrong says of each answer whether it is wrong: True or False, or 1 or 0')
+    return score,wrong.bool()

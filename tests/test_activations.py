@@ -1,13 +1,15 @@
 "Hooks, the statistics that they gather, and the seed"
 import random
+from contextlib import suppress
 
 import numpy as np, pytest, torch
 from helpers import RaiseCB, weights
 from torch import nn
 
-from miniai.activations import ActivationStats, Hook, Hooks, HooksCallback, append_stats, get_hist, get_min, set_seed
+import miniai.augment # noqa: F401 (it gives learners capture_preds)
+from miniai.activations import ActivationStats, Hook, Hooks, HooksCallback, append_stats, check_whole, get_hist, get_min, set_seed
 from miniai.datasets import DataLoaders
-from miniai.learner import TrainLearner
+from miniai.learner import Callback, TrainLearner
 
 def n_hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
 def count(hook, mod, inp, outp): hook.n = getattr(hook, 'n', 0)+1
@@ -84,3 +86,108 @@ def test_watching_does_not_change_the_fit(dls):
         learn.fit(2)
         return weights(learn.model)
     assert torch.equal(trained(ActivationStats()), trained())
+
+# wrapped models: hooks look at the module inside, also where compiled code would not call them
+
+class Outer(nn.parallel.DistributedDataParallel):
+    "As DistributedDataParallel, without a group of processes"
+    def __init__(self, m): nn.Module.__init__(self); self.module = m
+    def forward(self, *args): return self.module(*args)
+
+def compiled(m): return torch.compile(m, backend='eager')
+def inside(m):
+    m[0] = compiled(m[0])
+    return m
+def in_place(m):
+    m.compile(backend='eager')
+    return m
+WRAPS = [compiled, Outer, lambda m: compiled(Outer(m)), lambda m: Outer(compiled(m)), inside, in_place]
+
+@pytest.mark.parametrize('used', [False, True], ids=['new', 'used before'])
+@pytest.mark.parametrize('wrap', WRAPS, ids=['compiled', 'ddp', 'compiled ddp', 'ddp of compiled', 'a compiled part', 'compiled in place'])
+def test_wrapped_models_are_watched_as_the_module_inside(dls, wrap, used):
+    "A hook that comes after the compiled code is not called by it"
+    set_seed(0)
+    def net(): return nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 1))
+    plain,stats = ActivationStats(lambda m: isinstance(m, nn.Linear)),ActivationStats(lambda m: isinstance(m, nn.Linear))
+    first = net()
+    model = wrap(net())
+    model.load_state_dict(dict(zip(model.state_dict(), first.state_dict().values())))
+    if used: model(dls.train[0][0])
+    TrainLearner(first, dls, cbs=plain).fit(1)
+    TrainLearner(model, dls, cbs=stats).fit(1)
+    assert [h.name for h in stats] == ['Linear 0.0', 'Linear 1'] and n_hooks(model) == 0
+    for a,b in zip(plain, stats): torch.testing.assert_close(torch.stack(a.stats[0]), torch.stack(b.stats[0]))
+
+def test_compiled_models_are_compiled_again_after_the_fit(model, dls):
+    calls = []
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(1)
+            return graph(*args)
+        return run
+    learn = TrainLearner(torch.compile(model, backend=backend), dls)
+    for event in ('after_step', None):
+        cbs = [ActivationStats()] + ([RaiseCB(event, OSError())] if event else [])
+        with suppress(OSError): learn.fit(1, cbs=cbs)
+        assert not calls
+    learn.fit(1)
+    assert calls
+
+# what other helpers send through the model is not training
+
+@pytest.mark.parametrize('event', 'after_batch after_epoch after_loss'.split())
+@pytest.mark.parametrize('first', [True, False])
+def test_hooks_hear_the_fits_own_batches_only(model, dls, event, first):
+    class Ask(Callback):
+        def ask(self, learn):
+            learn.capture_preds()
+            learn.model(dls.train[0][0])
+    setattr(Ask, event, Ask.ask)
+    cb = HooksCallback(count, on_valid=True)
+    TrainLearner(model, dls, cbs=[Ask(), cb] if first and event != 'after_loss' else [cb, Ask()]).fit(2)
+    assert cb.hooks[0].n == 2*(11+5)
+
+def test_helpers_between_fits_leave_what_was_gathered(model, dls):
+    learn = TrainLearner(model, dls, cbs=(stats := ActivationStats()))
+    learn.fit(1)
+    was = list(stats.hooks[0].stats[0])
+    learn.capture_preds(); learn.lr_find(); learn.summary()
+    assert stats.hooks[0].stats[0] == was and n_hooks(model) == 0
+
+@pytest.mark.parametrize('event', 'before_fit before_epoch after_loss after_fit cleanup_fit'.split())
+def test_a_subclass_may_replace_any_event(model, dls, event):
+    class Mine(ActivationStats): pass
+    seen = []
+    setattr(Mine, event, lambda self, learn: seen.append(event))
+    for _ in range(2):
+        TrainLearner(model, dls, cbs=(cb := Mine())).fit(1)
+        assert seen and len(cb.hooks[0].stats[0]) == 11 and n_hooks(model) == 0
+
+# wrong arguments
+
+@pytest.mark.parametrize('bad', [1.5, '1', None, [1], torch.ones(2)], ids=str)
+def test_a_seed_is_a_whole_number(bad):
+    with pytest.raises(TypeError, match='seed has to be a whole number'): set_seed(bad)
+
+def test_whole_numbers_of_any_kind():
+    for n in (3, np.int32(3), torch.tensor(3), True+2): assert check_whole('n', n, least=3) == 3
+    with pytest.raises(ValueError, match='bs has to be at least 2, not 1'): check_whole('bs', 1, least=2)
+    for bad in (3., float('nan'), np.float64(3), torch.tensor(3.)):
+        with pytest.raises(TypeError, match='bs has to be a whole number'): check_whole('bs', bad)
+
+@pytest.mark.parametrize('bad', [None, 'x', 3], ids=str)
+def test_what_hooks_call_is_a_function(model, bad):
+    for make in (lambda: Hook(model, bad), lambda: Hooks([model], bad), lambda: HooksCallback(bad)):
+        with pytest.raises(TypeError, match='has to be a function'): make()
+    assert n_hooks(model) == 0
+
+def test_what_is_hooked_is_said_when_the_callback_is_made(model):
+    for kw in (dict(mods=model), dict(mods=[model, 3]), dict(mods=3), dict(mod_filter=None), dict(mod_filter=nn.Linear)):
+        with pytest.raises(TypeError, match='mods|mod_filter'): HooksCallback(count, **kw)
+    assert HooksCallback(count, mods=nn.Sequential(model, model)).mods == [model, model]
+
+def test_a_hook_without_statistics_has_no_picture(model):
+    for f in (get_hist, get_min):
+        for h in (Hook(model, print), Hook(model, append_stats)):
+            with pytest.raises(ValueError, match='no statistics'): f(h)

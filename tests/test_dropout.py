@@ -1,8 +1,10 @@
 "Dropout against PyTorch's, by its properties, for all shapes and types; the classifier, its files and where they are looked for"
 import json, math
+from pathlib import Path
 from types import SimpleNamespace
 
-import pytest, torch
+import numpy as np, pytest, torch
+from safetensors.torch import save_file
 from torch import nn
 
 import miniai.augment, miniai.dropout
@@ -141,3 +143,132 @@ def test_the_classifiers_that_come_with_miniai(seed, monkeypatch):
     if is_drawn(dd): pytest.skip('only drawn images are here')
     x,y = next(iter(in_memory({k: ds.select(range(2000)) for k,ds in dd.items()}, 1000).valid))
     with torch.no_grad(): assert accuracy(model(x), y) > .92
+
+# a last batch of one, and other numbers
+
+@pytest.mark.parametrize('n,bs,steps', [(40, 39, 1), (41, 8, 5), (40, 8, 5), (42, 8, 6), (9, 16, 1), (3, 2, 1)])
+def test_a_last_batch_of_one_is_left_out_and_no_other(n, bs, steps):
+    dd = {k: ds.select(range(n)) for k,ds in drawn(60, 60).items()}
+    learn = fit_classifier(dd, n_epochs=2, bs=bs, device='cpu', **SMALL)
+    assert len(learn.dls.train) == steps and sum(len(x) for x,_ in learn.dls.valid) == n
+
+def test_one_image_is_too_few():
+    with pytest.raises(ValueError, match='two or more'):
+        fit_classifier({k: ds.select(range(1)) for k,ds in drawn(60, 60).items()}, n_epochs=1, device='cpu', **SMALL)
+
+@pytest.mark.parametrize('kw', [dict(n_epochs=0), dict(n_epochs=-1), dict(n_epochs=1.5), dict(n_epochs=None), dict(bs=1), dict(bs=0),
+                                dict(bs=2.5), dict(seed=1.5), dict(nfs=3), dict(nfs=('a', 'b')), dict(nfs=(4,)), dict(nfs=(4, 0)), dict(tfm=3)], ids=str)
+def test_wrong_numbers_are_refused_by_name(dd, kw):
+    with pytest.raises((ValueError, TypeError), match=next(iter(kw))): fit_classifier(dd, **{'device': 'cpu', **SMALL, **kw})
+
+def test_no_transform_is_none(dd):
+    a,b = (fit_classifier(dd, n_epochs=1, device='cpu', tfm=tfm, **SMALL).model.state_dict() for tfm in (None, lambda b: b))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_pixels_up_to_255_are_refused():
+    "Scores of hundreds, without a word"
+    model,x = Classifier(**SMALL).eval(),torch.rand(2, 1, 28, 28)
+    for f in (model, model.features):
+        for bad in (x*255, (x*255).round(), (x*255).byte()):
+            with pytest.raises(ValueError, match='from 0 to 1, not from 0 to 255'): f(bad)
+        for good in (x, x.half().float(), x*2-1, (x-.28)/.35, x*20-8): f(good) # bad samples stray, and are judged
+    with pytest.raises(ValueError, match='from 0 to 1'): model.train()((x*255).byte())
+    assert model.eval()(torch.rand(0, 1, 28, 28)).shape == (0, 10)
+
+def test_a_classifier_can_be_compiled_as_a_whole():
+    model,x = Classifier(**SMALL).eval(),torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
+
+# files: written whole, read with care
+
+def test_what_cannot_be_written_down_is_refused_before_anything_is_written(tmp_path):
+    for about in (dict(t=torch.zeros(2)), dict(a=np.zeros(3)), dict(o=object()), dict(d={'x': [torch.ones(1, 1)]})):
+        with pytest.raises(TypeError, match='has to be numbers, strings'): save_classifier(Classifier(**SMALL), tmp_path/'a', **about)
+    for model in (nn.Linear(1, 1), Classifier(**SMALL)[:2], None):
+        with pytest.raises(TypeError, match='keeps a Classifier'): save_classifier(model, tmp_path/'a')
+    assert not (tmp_path/'a').exists()
+    save_classifier(Classifier(**SMALL), tmp_path, acc=torch.tensor(.5), n=np.int64(3), f=np.float32(.25))
+    assert json.loads((tmp_path/'config.json').read_text())['about'] == dict(acc=.5, n=3, f=.25)
+
+@pytest.mark.parametrize('nm', ['model.safetensors', 'config.json'])
+def test_a_save_that_fails_anywhere_leaves_what_was_there(tmp_path, monkeypatch, nm):
+    save_classifier(Classifier(**SMALL), tmp_path, seed=1)
+    def files(): return {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    before = files()
+    replace,write = Path.replace,Path.write_text
+    def full(self, *args): raise OSError('no space left')
+    monkeypatch.setattr(Path, 'write_text', full if nm == 'config.json' else write)
+    monkeypatch.setattr(Path, 'replace', lambda self, to: full(self) if Path(to).name == nm else replace(self, to))
+    with pytest.raises(OSError): save_classifier(Classifier((4, 8)), tmp_path, seed=2)
+    assert files() == before, 'and nothing unfinished beside it'
+
+def test_several_may_write_at_once(tmp_path, monkeypatch):
+    "Temporary names of its own: another process's half-written file is never taken for this one's"
+    def other(weights, path): # while one writes, another does
+        monkeypatch.setattr(miniai.dropout, 'save_file', save_file)
+        save_classifier(Classifier(**SMALL), tmp_path)
+        save_file(weights, path)
+    monkeypatch.setattr(miniai.dropout, 'save_file', other)
+    save_classifier(Classifier(**SMALL), tmp_path)
+    assert load_classifier(tmp_path).config['nfs'] == [4, 8, 16]
+    assert {f.name for f in tmp_path.iterdir()} == {'model.safetensors', 'config.json'}
+
+def test_a_compiled_classifier_is_kept_under_its_own_names(tmp_path):
+    model = Classifier(**SMALL).eval()
+    save_classifier(torch.compile(model, backend='eager'), tmp_path)
+    x = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(load_classifier(tmp_path)(x), model(x), atol=.05, rtol=.05)
+
+GOOD = dict(nfs=[4, 8, 16], drop=.2, drop2d=0.)
+def but(**kw): return json.dumps(GOOD | kw)
+@pytest.mark.parametrize('text', ['', '{', '[]', '3', 'null', '{}x', but()[:-5], but(nfs=3), but(nfs='ab'), but(nfs=[4, 0]), but(nfs=[4.5, 8]),
+                                  but(drop=2), but(drop='x'), but(device='cuda'), but(__class__='os'), but(nfs=[1]*1000), but(nfs=[2**40]*3),
+                                  ' '*200_000+but()], ids=lambda t: t[:20])
+def test_a_broken_config_is_named(tmp_path, text):
+    save_classifier(Classifier(**SMALL), tmp_path)
+    (tmp_path/'config.json').write_text(text)
+    with pytest.raises(ValueError, match='config.json is damaged'): load_classifier(tmp_path)
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    save_classifier(Classifier(**SMALL), tmp_path)
+    (tmp_path/'config.json').write_bytes(b'\xff\xfe\x00'*20)
+    with pytest.raises(ValueError, match='config.json is damaged'): load_classifier(tmp_path)
+
+def test_sizes_are_read_before_contents(tmp_path, monkeypatch):
+    "A config that asks for more than the weights have does not get the memory"
+    save_classifier(Classifier(**SMALL), tmp_path)
+    (tmp_path/'config.json').write_text(but(nfs=[30_000, 40_000, 50_000])) # 100 GB
+    monkeypatch.setattr(miniai.dropout, 'load_file', None)
+    with pytest.raises(ValueError, match='model.safetensors .*not of this classifier'): load_classifier(tmp_path)
+
+@pytest.mark.parametrize('change', ['more', 'fewer', 'other shape', 'cut', 'empty', 'text'])
+def test_weights_of_something_else_are_named(tmp_path, change):
+    model = Classifier(**SMALL)
+    save_classifier(model, tmp_path)
+    path,state = tmp_path/'model.safetensors',dict(model.state_dict())
+    if change == 'more': state['odd'] = torch.ones(1)
+    if change == 'fewer': state.popitem()
+    if change == 'other shape': state['0.convs.0.0.weight'] = state['0.convs.0.0.weight'][:3]
+    if change in ('more', 'fewer', 'other shape'): save_file({k: v.contiguous() for k,v in state.items()}, path)
+    else: path.write_bytes({'cut': path.read_bytes()[:-10], 'empty': b'', 'text': b'weights'}[change])
+    with pytest.raises(ValueError, match='model.safetensors is damaged, or not of this classifier'): load_classifier(tmp_path)
+
+def test_loading_draws_as_many_random_numbers_as_it_did(tmp_path):
+    save_classifier(Classifier(**SMALL), tmp_path)
+    def then(f):
+        set_seed(0)
+        f()
+        return torch.rand(1)
+    assert then(lambda: load_classifier(tmp_path)) == then(lambda: Classifier(**SMALL)), 'figures in notebooks depend on it'
+
+@pytest.mark.parametrize('folder', ['file', 'file/below'])
+def test_a_folder_that_is_a_file_is_refused_before_the_training(tmp_path, monkeypatch, dd, folder):
+    monkeypatch.setattr(miniai.dropout, 'fit_classifier', None)
+    monkeypatch.setattr(miniai.dropout, 'is_drawn', lambda dd: False)
+    (tmp_path/'file').write_text('')
+    with pytest.raises((ValueError, OSError), match='file'): trained_classifier(0, dd, tmp_path/folder, device='cpu')
+
+@pytest.mark.parametrize('kw', [dict(n_epochs=0), dict(n_epochs=-1), dict(n_epochs=1.5), dict(dd={}), dict(dd='x'), dict(dd=3)], ids=str)
+def test_wrong_arguments_of_trained_classifier(monkeypatch, dd, kw):
+    monkeypatch.setattr(miniai.dropout, 'fit_classifier', None)
+    with pytest.raises((ValueError, TypeError), match=next(iter(kw))): trained_classifier(77, **{'dd': dd, **kw})

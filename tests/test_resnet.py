@@ -40,3 +40,11 @@ def test_layers_may_be_deleted_from_a_sequential():
     model = nn.Sequential(ResBlock(1, 8), ResBlock(8, 16, stride=2), nn.Flatten(), nn.Linear(16, 10), nn.BatchNorm1d(10))
     del model[4]; del model[3]
     assert model(torch.randn(2, 1, 8, 8)).shape == (2, 16*4*4)
+
+def test_a_block_without_an_activation():
+    block = ResBlock(4, 4, act=None).eval()
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(x), block.convs(x)+x) and not any(isinstance(m, GeneralRelu) for m in block.modules())
+    for bad in (nn.ReLU(), True):
+        with pytest.raises(TypeError, match='act is'): ResBlock(4, 4, act=bad)
+    with pytest.raises(ValueError, match='nf has to be at least 1'): ResBlock(4, 0)
