@@ -11,7 +11,6 @@ The table has one row for each kind of trouble; below it stands what went wrong.
 """
 import argparse, contextlib, gc, hashlib, json, os, random, resource, select, shutil, signal, sys, tempfile
 import threading, time, traceback, warnings
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -194,12 +193,11 @@ class AtLine:
     def __init__(self, n, act, *modules):
         self.n,self.act,self.count,self.seen = n,act,0,[]
         self.files = tuple(f'{PACKAGE}{m}.py' for m in modules) or (PACKAGE,)
-        self.calls = Counter()
+        self.left = {} # calls of each function that are followed
     def __call__(self, frame, event, arg):
         code = frame.f_code
-        if not code.co_filename.startswith(self.files) or self.calls[code] > 300: return # what is called so often is not followed
-        self.calls[code] += 1
-        return self.line
+        left = self.left[code] = self.left[code]-1 if code in self.left else 300*code.co_filename.startswith(self.files)
+        return self.line if left > 0 else None
     def line(self, frame, event, arg):
         if event != 'line': return self.line
         self.seen.append(f'{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}')
@@ -232,23 +230,20 @@ def folders():
 
 # Kinds of trouble: each returns how many were tried, how many of them were clean, a note, and what went wrong
 
-def measured(new, mode):
-    "The end of a fit in this `mode` that nobody disturbs; how many lines of miniai it runs, and how long it takes, tracing them"
-    whole,start = Fit(mode=mode).end(),time.monotonic()
-    lines = Fit(new(), mode, at_line=AtLine(NEVER, die)).end()[0].get('lines', 1)
-    return whole,lines,time.monotonic()-start
-
 def kills(n, rng, modes):
     "At random: after some time, or at some line of miniai; up to three kills before the fit may go on to its end"
     faults,tried,clean,known,order = [],0,0,{},rng.sample(modes, len(modes))
     with folders() as new:
+        lines = Fit(new(), modes[0], at_line=AtLine(NEVER, die)).end()[0]['lines']
+        start = time.monotonic()
+        Fit(new(), modes[0]).end()
+        span = time.monotonic()-start
         while tried < n:
             mode,folder,saved,how,killed = order[0],new(),0,[],0
             order = [*order[1:], mode]
-            if mode not in known: known[mode] = measured(new, mode)
-            whole,lines,span = known[mode]
+            if mode not in known: known[mode] = Fit(mode=mode).end()
             for _ in range(min(rng.choice([1, 1, 2, 3]), n-tried)):
-                at = rng.choice([rng.randint(1, lines), rng.uniform(0, .8*span)])
+                at = rng.choice([rng.randint(1, lines), rng.uniform(0, span)])
                 run = Fit(folder, mode, seed=min(saved, 1), at_line=AtLine(at, die) if isinstance(at, int) else None)
                 if isinstance(at, int): run.children[0].hear() # the other process waits for it
                 else: time.sleep(at)
@@ -258,7 +253,7 @@ def kills(n, rng, modes):
                 saved = max([saved, *(t.get('saved', 0) for t in tolds[:1])])
                 killed += not all('end' in t for t in tolds)
                 if all('end' in t for t in tolds): break # it was quicker
-            odd = resumed(folder, whole, saved, mode=mode)
+            odd = resumed(folder, known[mode], saved, mode=mode)
             tried,clean = tried+killed,clean+killed*(not odd)
             if odd: faults.append(f'{mode}, killed at {", ".join(how)}; then: {"; ".join(odd)}')
     return tried,clean,f'{len(known)} modes' if len(modes) > 1 else '',faults
@@ -382,10 +377,10 @@ def hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for
 def interrupts(n, rng, how, *modules):
     faults,clean,whole = [],0,{}
     with folders() as new:
-        for engine in ENGINES:
+        for engine in ENGINES if n is None else [rng.choice([*ENGINES])]:
             whole[engine] = told = Child(interrupted, new(), engine, 'lines', NEVER, *modules).end()
             if 'error' in told: return 1,0,'',[f'{engine}: {told["error"]} {told.get("where")}']
-        todo = events() if how == 'event' else lines(whole, rng, modules)
+        todo = events(whole) if how == 'event' else lines(whole, rng, modules)
         if n is not None: todo = rng.sample(todo, n)
         for engine,*args in todo:
             told,w = Child(interrupted, new(), engine, how, *args).end(),whole[engine]
@@ -400,9 +395,9 @@ def interrupts(n, rng, how, *modules):
             if odd: faults.append(f'{engine}, {where}: {"; ".join(odd)}')
     return len(todo),clean,'',faults
 
-def events():
+def events(engines):
     "Every event with every engine, at its first and second occasion, before, among and after the other callbacks"
-    return [(engine, e, i, order) for engine in ENGINES for e in EVENTS for i in (1, 2) for order in (-1, 50, 200)
+    return [(engine, e, i, order) for engine in engines for e in EVENTS for i in (1, 2) for order in (-1, 50, 200)
             if i == 1 or not e.endswith('fit')]
 
 def lines(whole, rng, modules):
