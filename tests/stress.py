@@ -2,7 +2,7 @@
 
     make stress                                     # all of it: some minutes on two cores
     python tests/stress.py --few                    # five of each, as in `make test`
-    python tests/stress.py --only accumulation      # only the rows that have this in their name
+    python tests/stress.py --only interrupts        # only the rows that have this in their name
     python tests/stress.py --seed 3                 # at other moments
 
 A fit that was killed is begun again in a new process, and has to end as one that nobody disturbed: the same weights, averages, state of the
@@ -70,6 +70,15 @@ class Child:
         os.waitpid(self.pid, 0)
         os.close(self.pipe)
         return self.told
+
+_out = None # where to tell it
+
+def _be_silent():
+    "A fork, such as a worker of a loader, does not keep the pipe of its parent open"
+    global _out
+    if _out is not None: os.close(_out)
+    _out = None
+os.register_at_fork(after_in_child=_be_silent)
 
 def tell(**note): os.write(_out, json.dumps(note).encode()+b'\n')
 
@@ -278,8 +287,6 @@ class AtCall(Callback):
         if event != 'c_call' or not touches_files(arg): return
         if len(self.calls) == self.n: self.act()
         self.calls.append(arg.__name__)
-    def after_epoch(self, learn):
-        if learn.training and len(self.calls) > 1: self.order = NEVER # only to be found last
     def cleanup_fit(self, learn): sys.setprofile(None); tell(calls=self.calls)
 
 def file_kills(n, rng):
@@ -414,15 +421,15 @@ def lines(whole, rng, modules):
 # A full disk, one folder, leaks
 
 class Fill(Callback):
-    "From training batch `at` on no file can be longer than `limit` bytes; 0: from the beginning"
+    "From the training batch number `at` on no file can be longer than `limit` bytes; 0: from the beginning"
     order = -1
     def __init__(self, at, limit): self.at,self.limit = at,limit
-    def before_fit(self, learn): self._count(0)
-    def before_batch(self, learn): self._count(learn.training)
-    def _count(self, n):
-        self.at -= n
-        if self.at < 0 or self.at == 0 and not n:
-            if self.at > -NEVER: resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+    def before_fit(self, learn): self._fill(self.at == 0)
+    def before_batch(self, learn):
+        self.at -= learn.training
+        self._fill(learn.training and self.at == 0)
+    def _fill(self, now):
+        if now: resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 def full_disk(n, rng):
     "A limit on the size of files: the error names the folder, older checkpoints stay, nothing unfinished does, and a fit goes on later"
