@@ -5,9 +5,7 @@ or keep a whole set in memory, which is far faster."""
 
 # %% auto #0
 __all__ = ['show_image', 'subplots', 'get_grid', 'show_images', 'inplace', 'collate_dict', 'get_dls', 'DataLoaders',
-           'TensorLoader', 'to_float', 'from_pgm', 'to_tensors', 'in_memory', 'FASHION_CLASSES', 'HUB_ID', 'IDX_FILES',
-           'cache_dir', 'drawn', 'fashion_mnist', 'from_hub', 'from_idx', 'has_idx', 'hub_reachable', 'idx_folders',
-           'is_drawn', 'read_idx', 'to_dataset']
+           'TensorLoader', 'to_float', 'to_tensors', 'in_memory', 'fashion_mnist', 'is_drawn', 'to_dataset']
 
 # %% ../nbs/01_datasets.ipynb #96b06796
 import math, operator, re, sys, warnings
@@ -19,12 +17,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
 # %% ../nbs/01_datasets.ipynb #5c98a317
-# Everything about where the images come from can be imported from here, too.
-from .fashion import (FASHION_CLASSES, HUB_ID, IDX_FILES, cache_dir, drawn, fashion_mnist, from_hub, from_idx, has_idx, hub_reachable,
-                            idx_folders, is_drawn, read_idx, to_dataset)
+# Everything about where the images come from can be imported from here, too; the star import brings the functions in `_all_`.
+from .fashion import (FASHION_CLASSES, HUB_ID, IDX_FILES, cache_dir, drawn, fashion_mnist, from_hub, from_idx, # noqa: F401
+                            has_idx, hub_reachable, idx_folders, is_drawn, read_idx, to_dataset) # noqa: F401
 
-_all_ = [FASHION_CLASSES, HUB_ID, IDX_FILES, cache_dir, drawn, fashion_mnist, from_hub, from_idx, has_idx, hub_reachable,
-         idx_folders, is_drawn, read_idx, to_dataset]
+_all_ = [fashion_mnist, is_drawn, to_dataset]
 
 # %% ../nbs/01_datasets.ipynb #bc21ec70
 def show_image(

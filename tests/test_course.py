@@ -90,7 +90,7 @@ def test_08_loaders_from_a_dataset_dict():
     dd = DatasetDict(second=HFDataset.from_dict(rows(10)), first=HFDataset.from_dict(rows(20)), third=HFDataset.from_dict(rows(5)))
     dls = DataLoaders.from_dd(dd, 4, num_workers=0, drop_last=True)
     assert (len(dls.train.dataset), len(dls.valid.dataset)) == (10, 20) # in the order of dd.values()
-    assert (dls.train.batch_size, dls.valid.batch_size, len(dls.train), len(dls.valid)) == (4, 8, 2, 3) # kwargs reach both; drop_last is for training
+    assert (dls.train.batch_size, dls.valid.batch_size, len(dls.train), len(dls.valid)) == (4, 8, 2, 3) # but drop_last is for training
     b,a = next(iter(dls.valid)) # a tuple in the order of the features
     assert b.tolist() == list(range(8)) and a[0].tolist() == a[1].tolist() == list(range(8))
     assert set(next(iter(DataLoaders.from_dd(dd, 4, as_tuple=False).train))) == {'a', 'b'}
