@@ -7,14 +7,14 @@ and ends with the same weights as if nothing had happened"""
 __all__ = ['CheckpointCB']
 
 # %% ../nbs/20_checkpoints.ipynb #4a32af14
-import hashlib, io, json, math, os, random, re, shutil, stat, sys, warnings, zipfile
+import hashlib, inspect, io, json, math, os, random, re, shutil, stat, sys, warnings, zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -41,11 +41,14 @@ def _parts(o):
     if isinstance(o, (torch.Tensor, type, ModuleType)): return []
     if isinstance(o, (list, tuple, Mapping)): return list(o.values() if isinstance(o, Mapping) else o) if len(o) < 100 else []
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
+    if isinstance(o, FunctionType):
+        names = inspect.getclosurevars(o)
+        return [*names.nonlocals.values(), *names.globals.values()]
     attrs = [v for k,v in getattr(o, '__dict__', {}).items() if k != '_iterator'] # a DataLoader's, which comes and goes
-    return [*attrs, getattr(o, '__self__', None), *(c.cell_contents for c in getattr(o, '__closure__', None) or ())]
+    return [*attrs, getattr(o, '__self__', None)]
 
 def _held(*roots):
-    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions and closures"
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions, and what functions use"
     found,seen,todo = [],set(),[(o, 0) for o in roots]
     for o,depth in todo: # which grows meanwhile
         if id(o) in seen or depth > 9: continue
@@ -313,10 +316,12 @@ def _take(folder, patience):
     except (Timeout, RuntimeError): raise RuntimeError(f'{folder} is in use by another fit: wait for it, or use another folder') from None
     except OSError as e: raise OSError(e.errno, f'no checkpoint can be written into {folder}: {e.strerror}') from e
 
-def _check_folder(cb, cbs):
+def _check_alone(cb, cbs):
     if sum(isinstance(o, CheckpointCB) and o.folder.resolve() == cb.folder.resolve() for o in cbs) > 1:
         raise ValueError(f'two CheckpointCBs write into {cb.folder}: give each a folder of its own')
-    if not cb.resume and cb.folder.is_dir() and set(_kept(cb.folder)) - cb.written:
+
+def _check_own(cb):
+    if not cb.resume and set(_kept(cb.folder)) - cb.written:
         raise ValueError(f'{cb.folder} has the checkpoints of another fit: resume=True goes on with it; else choose another folder')
 
 # %% ../nbs/20_checkpoints.ipynb #ckcallba
@@ -381,8 +386,9 @@ def _begin(self:CheckpointCB, learn):
 @patch
 def _open(self:CheckpointCB, learn):
     "Take the folder, and find the newest checkpoint that can be read"
-    _check_folder(self, learn.cbs)
+    _check_alone(self, learn.cbs)
     self.lock = _take(self.folder, self.patience)
+    _check_own(self)
     path,self.damaged = _newest(self.folder) if self.resume else (None, [])
     return path
 
