@@ -121,7 +121,7 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        self.loss,self.size = learn.loss,n_items(learn.batch)
+        self.loss,self.size = learn.loss,getattr(learn.dl, 'n_shared', None) or n_items(learn.batch) # several processes share it
         if not self.batches: self.unit = self.size # so that weights are near 1, where 16 bits are finer than near 128
         learn.loss = learn.loss*(self.size/self.unit)
 
@@ -152,7 +152,7 @@ class _Share(WrappedDL):
         torch.manual_seed(seed)
         for i,batch in enumerate(self.dl):
             if i == 0: torch.manual_seed(seed+1+self.rank) # the order is drawn
-            total = n_items(batch)
+            self.n_shared = total = n_items(batch)
             _check_enough(total, self.n)
             part = _rows(batch, total, slice(self.rank, None, self.n))
             self.weight = n_items(part)*self.n/total
@@ -195,9 +195,9 @@ class AccelerateCB(_ScaledCB):
 
     def before_fit(self, learn):
         _check_learner(learn, self)
-        self.guest = self.was is not None # a copy in the middle of a fit: the model is prepared, and stays so
-        if self.guest: self.acc = _apart(self.acc)
-        else: self._prepare(learn)
+        self.cleanup_fit(learn) # in case the last one was interrupted
+        if self.was is None: self._prepare(learn)
+        else: self.acc = _apart(self.acc) # a copy in the middle of another fit: the model is prepared, and stays so
         if learn.opt is not None: learn.opt = self.acc.prepare(learn.opt)
         self._use(self.acc.scaler or torch.amp.GradScaler(self.acc.device.type, enabled=False))
         _check_can_scale(self.scaler, learn.opt, isinstance(learn.opt, torch.optim.Optimizer))
@@ -206,7 +206,7 @@ class AccelerateCB(_ScaledCB):
         self.acc = _accelerator(self.mixed_precision, self.acc)
         _check_devices(learn.cbs, self.acc.device)
         self.together = self.acc.num_processes > 1
-        self.was = learn.model,learn.dls
+        self.was = learn,learn.model,learn.dls
         learn.model = self.acc.prepare(learn.model)
         if not self.together: return
         learn.dls = DataLoaders(*[_Share(dl, self.acc) for dl in (learn.dls.train, learn.dls.valid)])
@@ -223,12 +223,12 @@ class AccelerateCB(_ScaledCB):
         self._tell_if_stepped(learn)
 
     def cleanup_fit(self, learn):
-        if self.was is None or self.guest: return
-        learn.model,learn.dls = self.was
+        if self.was is None or self.was[0] is not learn: return
+        _,learn.model,learn.dls = self.was
         learn.cbs[:] = [cb for cb in learn.cbs if cb is not self.add_up]
-        self.was = self.add_up = None
         self.acc.unwrap_model(learn.model, keep_fp32_wrapper=False)
         self.acc.free_memory()
+        self.was = self.add_up = None
 
 # %% ../nbs/14_mixed_precision.ipynb #e14c0002
 def _accelerator(mixed_precision, made=None):

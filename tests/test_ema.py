@@ -10,10 +10,10 @@ import miniai.ema
 from miniai.accel import AccelerateCB, GradAccumCB
 from miniai.activations import HooksCallback
 from miniai.checkpoint import CheckpointCB
-from miniai.datasets import DataLoaders
+from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ema import EMACB
 from miniai.learner import Callback, CancelEpochException, DeviceCB, Learner, TrainCB
-from miniai.uncertainty import TTD_CB
+from miniai.uncertainty import TTD_CB, mc_predict
 
 def own(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 def fit(model, dls, *cbs, n=2, lr=.01, valid=False): Learner(model, dls, lr=lr, cbs=[TrainCB(), *cbs]).fit(n, valid=valid)
@@ -335,3 +335,42 @@ def test_what_is_refused(model):
     with pytest.raises(ValueError, match='no averages yet'): ema.state_dict()
     Learner(model, DataLoaders([], [(torch.randn(3, 4), torch.randn(3, 1))]), cbs=[TrainCB(), ema]).fit(1, train=False)
     with pytest.raises(ValueError, match='no averages yet'): ema.model # evaluation alone makes none
+
+def images():
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.rand(40, 1, 8, 8, generator=g),torch.randint(10, (40,), generator=g)
+    return DataLoaders(TensorLoader(x, y, bs=8), TensorLoader(x[:16], y[:16], bs=16))
+
+@pytest.mark.parametrize('helper', [lambda o: o.show_image_batch(max_n=2), lambda o: o.lr_find(max_epochs=1), lambda o: o.capture_preds(),
+                                    lambda o: o.summary(), lambda o: mc_predict(o, 2)], ids=['show', 'lr_find', 'capture', 'summary', 'mc'])
+def test_a_look_with_a_helper_keeps_the_averages(helper):
+    "Before, between and after fits, and within one"
+    class Within(Callback):
+        order = 50
+        def ask(self, learn):
+            now = held(ema.model)
+            helper(learn)
+            assert same(held(ema.model), now)
+        after_step = after_epoch = ask
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(.1))
+    learn = Learner(net, images(), F.cross_entropy, lr=.1, cbs=[TrainCB(), ema := EMACB(.9)])
+    helper(learn)
+    with pytest.raises(ValueError, match='no averages yet'): ema.model # a helper's fit makes none here
+    for cbs in (None, Within()):
+        learn.fit(2, cbs=cbs)
+        model,avg,raw = ema.model,held(ema.model),held(net)
+        helper(learn)
+        assert ema.model is model and same(held(model), avg) and ema.n == 10 and not model.training
+        assert learn.model is net and own(net).equal(torch.cat([raw[k].flatten() for k,_ in net.named_parameters()]))
+
+def test_a_helper_that_evaluates_uses_the_averages(dls, model):
+    class Within(Callback):
+        def after_epoch(self, learn):
+            preds,_ = learn.capture_preds()
+            torch.testing.assert_close(preds, averaged())
+    def averaged(): return torch.cat([ema.model(x) for x,_ in dls.valid]).detach()
+    learn = Learner(model, dls, lr=.05, cbs=[TrainCB(), ema := EMACB(.99), Within()])
+    learn.fit(2)
+    preds,_ = learn.capture_preds()
+    torch.testing.assert_close(preds, averaged())
+    assert not torch.allclose(preds, torch.cat([model(x) for x,_ in dls.valid]))
