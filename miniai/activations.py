@@ -77,7 +77,7 @@ class Hooks(list):
 
 # %% ../nbs/05_activations.ipynb #e63ac37e
 class HooksCallback(Callback):
-    "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered, also of a resumed fit only since then"
+    "Has `hookfunc` called by hooks during a fit; afterwards `hooks` still holds what they gathered (of a resumed fit, since it went on)"
     takes_part = False
     _hooked,_seen,_eager = False,None,None
     def __init__(self,

@@ -50,8 +50,10 @@ class BaseSchedCB(Callback):
     def after_fit(self, learn):
         if self._begun and self.gaps: _check_end(self)
 
-    def state_dict(self) -> dict: return _check_keepable(self.schedo).state_dict()
+    def state_dict(self) -> dict: return dict(_check_keepable(self.schedo).state_dict(), gaps=dict(self.gaps), waited=self.waited)
     def load_state_dict(self, state: dict) -> None:
+        state = dict(state)
+        self.gaps,self.waited = Counter(state.pop('gaps', {})),state.pop('waited', 0)
         _check_same_length(self.schedo, state)
         self.schedo.load_state_dict(state)
 

@@ -108,9 +108,9 @@ class PassStats:
         return 1 - self._mean('_votes').amax(1)
 
 def _check_rows(p):
-    p = _check_probs(p)
+    p = _tensor(p, 'probabilities')
     if p.ndim != 2: raise ValueError(f'expected probabilities (n, classes), not shape {tuple(p.shape)}')
-    return p
+    return _check_probs(p)
 
 def _check_shape(p, before):
     if p.shape != before.shape: raise ValueError(f'this pass is of shape {tuple(p.shape)}, those before it of {tuple(before.shape)}')

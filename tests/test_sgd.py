@@ -240,6 +240,19 @@ def test_recorded_series_go_on_after_an_interruption(model, dls, tmp_path, at):
     assert {k: len(v) for k,v in again.recs.items()} == dict.fromkeys(again.recs, 22)
     assert again.recs['lr'] == whole.recs['lr'] and all(map(torch.equal, again.recs['w'], whole.recs['w']))
 
+@pytest.mark.parametrize('at', [2, 6, 12, 18])
+def test_steps_left_out_are_remembered_over_an_interruption(model, dls, tmp_path, at):
+    "In 16 bits the first steps are left out: that is no reason to warn, nor after a resume"
+    class LeaveOut(Callback):
+        order = 5
+        def after_backward(self, learn):
+            if learn.epoch == 0 and learn.iter < 3: raise CancelStepException
+    def fit(*cbs): TrainLearner(model, dls, lr=.01, cbs=[BatchSchedCB(cycle(22)), LeaveOut(), *cbs]).fit(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(KeyboardInterrupt): fit(CheckpointCB(tmp_path, every=1), RaiseCB('after_batch', KeyboardInterrupt(), at))
+        fit(CheckpointCB(tmp_path, every=1, resume=True))
+
 def test_a_recorders_state_is_plain(model, dls):
     rec = rows()
     rec.d['odd'] = lambda cb: cb
