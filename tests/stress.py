@@ -61,12 +61,12 @@ class Child:
                 for line in lines: self.told |= json.loads(line)
         return self
 
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError): os.killpg(self.pid, signal.SIGKILL)
+    def kill(self, workers=True):
+        with contextlib.suppress(ProcessLookupError): (os.killpg if workers else os.kill)(self.pid, signal.SIGKILL)
 
-    def end(self):
-        "What it told, when it is over"
-        self.hear().kill() # workers that are left
+    def end(self, workers=True):
+        "What it told, when it is over; and its `workers`"
+        self.hear().kill(workers)
         os.waitpid(self.pid, 0)
         os.close(self.pipe)
         return self.told
@@ -191,11 +191,11 @@ class Fit:
         ranks = MODES[mode].get('ranks', 1)
         meet = tempfile.mktemp(dir=folder.parent if folder else None) if ranks == 2 else None
         self.children = [Child(fit, folder, mode, rank=i, meet=meet, **kw) for i in range(ranks)]
-    def kill(self, pause=0):
-        for o in self.children:
-            o.kill()
-            time.sleep(pause)
-    def end(self): return [o.end() for o in self.children]
+    def kill(self, workers=True, pause=0):
+        for i,o in enumerate(self.children):
+            time.sleep(pause*(i > 0))
+            o.kill(workers)
+    def end(self, workers=True): return [o.end(workers) for o in self.children]
 
 class AtLine:
     "A trace function that calls `act` at the `n`th line that is run in these modules of miniai"
@@ -256,9 +256,10 @@ def kills(n, rng, modes):
                 run = Fit(folder, mode, seed=min(saved, 1), at_line=AtLine(at, die) if isinstance(at, int) else None)
                 if isinstance(at, int): run.children[0].hear() # the other process waits for it
                 else: time.sleep(at)
-                run.kill(rng.choice([0, .01]))
+                workers = rng.random() < .7 # or they live on for some seconds
+                run.kill(workers, rng.choice([0, .01, .3]))
                 how.append(f'line {at}' if isinstance(at, int) else f'{at:.3f} s')
-                tolds = run.end()
+                tolds = run.end(workers)
                 saved = max([saved, *(t.get('saved', 0) for t in tolds[:1])])
                 killed += not all('end' in t for t in tolds)
                 if all('end' in t for t in tolds): break # it was quicker
