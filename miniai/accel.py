@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import nn
 
 from .checkpoint import CheckpointCB
-from .conv import map_tensors, to_device
+from .conv import map_tensors, to_device, unwrap_model
 from .datasets import DataLoaders
 from .ema import EMACB
 from .learner import (Callback, CancelStepException, DeviceCB, FuncMetric, Learner, Mean, MetricsCB, TrainCB, WrappedDL,
@@ -206,7 +206,7 @@ class AccelerateCB(_ScaledCB):
         self.acc = _accelerator(self.mixed_precision, self.acc)
         _check_devices(learn.cbs, self.acc.device)
         self.together = self.acc.num_processes > 1
-        self.was = learn,learn.model,learn.dls
+        self.was = learn,learn.model,learn.dls,_forwards(learn.model)
         learn.model = self.acc.prepare(learn.model)
         if not self.together: return
         learn.dls = DataLoaders(*[_Share(dl, self.acc) for dl in (learn.dls.train, learn.dls.valid)])
@@ -224,9 +224,9 @@ class AccelerateCB(_ScaledCB):
 
     def cleanup_fit(self, learn):
         if self.was is None or self.was[0] is not learn: return
-        _,learn.model,learn.dls = self.was
+        _,learn.model,learn.dls,forwards = self.was
         learn.cbs[:] = [cb for cb in learn.cbs if cb is not self.add_up]
-        self.acc.unwrap_model(learn.model, keep_fp32_wrapper=False)
+        _put_back(forwards)
         self.acc.free_memory()
         self.was = self.add_up = None
 
@@ -239,6 +239,15 @@ def _accelerator(mixed_precision, made=None):
         AcceleratorState._reset_state()
         made = None
     return made or Accelerator(mixed_precision=mixed_precision)
+
+_SET = 'forward', '_original_forward' # what accelerate sets on a model, which may be a compiled one
+
+def _forwards(model): return [(m, {k: vars(m)[k] for k in _SET if k in vars(m)}) for m in (model, unwrap_model(model))]
+
+def _put_back(forwards):
+    for m,was in forwards:
+        for k in _SET: vars(m).pop(k, None)
+        vars(m).update(was)
 
 def _apart(acc):
     "An accelerator that leaves the scale and the optimizer of `acc` alone"

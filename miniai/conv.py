@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -43,9 +42,9 @@ def_device = _default_device()
 # %% ../nbs/03_conv.ipynb #99bd62a6
 def _inside(x):
     "What lies in `x`, if that is something that holds tensors: a list, tuple or dict, or an object with fields"
-    if isinstance(x, (list, tuple)): return list(x)
-    if isinstance(x, Mapping): return list(x.values())
-    return list(vars(x).values()) if _has_fields(x) else []
+    if isinstance(x, (list, tuple)): return x
+    if isinstance(x, Mapping): return x.values()
+    return vars(x).values() if _has_fields(x) else ()
 
 def _has_fields(x):
     if isinstance(x, (type, nn.Module)) or not hasattr(x, '__dict__'): return False
@@ -54,7 +53,8 @@ def _has_fields(x):
 def first_tensor(x) -> torch.Tensor|None:
     "The first tensor in `x`, however nested in lists, tuples, dicts and objects; `None` if there is none"
     if isinstance(x, torch.Tensor): return x
-    return next((t for o in _inside(x) if (t := first_tensor(o)) is not None), None)
+    for o in _inside(x):
+        if (t := first_tensor(o)) is not None: return t
 
 # %% ../nbs/03_conv.ipynb #e2f372e1
 def map_tensors(
@@ -64,12 +64,14 @@ def map_tensors(
     rest: Callable=lambda x, *others: x # of what has no tensor in it, which is left as it is by default
 ): # the same structure, and of the same types
     "`f` of all tensors in `x`. `ValueError` if `others` are of another structure"
-    again = partial(map_tensors, f, rest=rest)
     if isinstance(x, torch.Tensor): return f(x, *others)
     if first_tensor(x) is None: return rest(x, *others)
     insides = [_inside(o) for o in (x, *others)]
-    if len({len(o) for o in insides}) > 1: raise ValueError(f'parts of {[len(o) for o in insides]} things, which should be as many in each')
-    return _rebuilt(x, [again(*os) for os in zip(*insides)])
+    if others: _check_lengths([len(o) for o in insides])
+    return _rebuilt(x, [map_tensors(f, *parts, rest=rest) for parts in zip(*insides)])
+
+def _check_lengths(ns):
+    if len(set(ns)) > 1: raise ValueError(f'parts of {ns} things, which should be as many in each')
 
 def _rebuilt(x, parts):
     "Something like `x`, made of `parts`"
@@ -85,7 +87,7 @@ def to_device(
     device=def_device
 ): # the same structure, its tensors on `device`
     "Move all tensors in `x` to `device`"
-    device = torch.device(device)
+    if not isinstance(device, torch.device): device = torch.device(device)
     def move(t): return t if t.device == device else t.to(device, non_blocking=device.type == 'cuda')
     return map_tensors(move, x)
 

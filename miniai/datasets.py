@@ -91,17 +91,23 @@ def get_grid(
     if title is not None: fig.suptitle(title, weight=weight, size=size)
     return fig,axs
 
-# %% ../nbs/01_datasets.ipynb #3f4baa9a
-def _whole(name, n, least=1):
-    "Refuse what is not a whole number from `least`"
-    try: ok = operator.index(n) >= least
-    except TypeError: ok = False
-    if not ok: raise ValueError(f'{name} must be a whole number, at least {least}, not {n!r}')
+# %% ../nbs/01_datasets.ipynb #45403ee8
+def check_whole(
+    name: str, # of the parameter, for the message
+    n, # what should be a whole number, of Python, NumPy or PyTorch
+    least: int=1
+) -> int:
+    "`n` as an int, if it is a whole number of at least `least`; else an error that names it"
+    try: n = operator.index(n)
+    except TypeError: raise TypeError(f'{name} must be a whole number, not {n!r}') from None
+    if n < least: raise ValueError(f'{name} must be at least {least}, not {n}')
+    return n
 
+# %% ../nbs/01_datasets.ipynb #3f4baa9a
 def _check_grid(n, nrows, ncols):
-    _whole('n, the number of images,', n)
+    check_whole('n, the number of images,', n)
     for nm,o in (('nrows', nrows), ('ncols', ncols)):
-        if o is not None: _whole(nm, o)
+        if o is not None: check_whole(nm, o)
     if nrows and ncols and nrows*ncols < n:
         raise ValueError(f'{n} images do not fit into {nrows}×{ncols} places: give only one of nrows and ncols, or fewer images')
 
@@ -221,7 +227,7 @@ class TensorLoader:
 
 # %% ../nbs/01_datasets.ipynb #cfd57d8e
 def _check_tensors(tensors, bs, x_tfm):
-    _whole('bs, the batch size,', bs)
+    check_whole('bs, the batch size,', bs)
     odd = [type(t).__name__ for t in tensors if not isinstance(t, torch.Tensor)]
     if odd or not tensors: raise TypeError(f'TensorLoader cuts tensors, not {", ".join(odd) or "nothing"}: torch.as_tensor makes them')
     if len({len(t) for t in tensors}) != 1: raise ValueError(f'tensors of unequal length: {[len(t) for t in tensors]}')
@@ -244,7 +250,7 @@ def _check_bytes(x, pad):
     if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f'to_float takes a tensor of bytes (torch.uint8), not {got}, of which it cannot know what white is')
-    _whole('pad', pad, least=0)
+    check_whole('pad', pad, least=0)
 
 # %% ../nbs/01_datasets.ipynb #75fdf3f3
 def from_pgm(

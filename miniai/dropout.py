@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn, optim
 from torch.distributions import Binomial
 
-from .activations import check_whole, set_seed
+from .activations import set_seed
 from .conv import def_device, unwrap_model
-from .datasets import cache_dir, fashion_mnist, in_memory, is_drawn
+from .datasets import cache_dir, check_whole, fashion_mnist, in_memory, is_drawn
 from .init import BatchTransformCB, check_channels, init_weights
 from .learner import DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, cb_list
 from .resnet import ResBlock

@@ -101,5 +101,6 @@ def _copy_model(model):
         memo |= {id(o): o for o in ([h for h in hooks.values() if h not in own] if own else [hooks])}
     with _WithoutHistory(): res = copy.deepcopy(model, memo)
     for m in res.modules(): # accelerate's preparation is the fit's, not the model's
-        if '_original_forward' in vars(m): m.forward = vars(m).pop('_original_forward')
+        original = vars(m).pop('_original_forward', None)
+        if original is not None and 'forward' in vars(m): m.forward = original
     return res.eval()

@@ -11,7 +11,7 @@ __all__ = ['noisify', 'ddim_step', 'strides', 'ddim_steps', 'sample', 'DDPMCB', 
 # %% ../nbs/13_fast_ddpm.ipynb #f5bd204a
 import inspect
 from collections.abc import Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 
 import torch
 from diffusers import UNet2DModel
@@ -19,10 +19,11 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from .ddpm import SpaceToDepth, ddpm_steps, predict_noise, pure_noise
-from .init import mode_kept
-from .learner import Callback, DeviceCB
-from .schedule import Schedule, add_noise, check_images, extract
+from .conv import mode_kept
+from .datasets import check_whole
+from .ddpm import SpaceToDepth, check_sizes, ddpm_steps, predict_noise, pure_noise, sizes_taken
+from .learner import Callback, DeviceCB, batch_parts
+from .schedule import Schedule, add_noise, check_images, check_sched, extract
 
 # %% ../nbs/13_fast_ddpm.ipynb #42c2f575
 def noisify(
@@ -32,10 +33,27 @@ def noisify(
 ) -> tuple: # ((x_t, t), ε): what the model gets, and what it should say
     "Each image with the noise of a random step t (DDPM, equation 4)"
     check_images(x0, 'noisify')
+    _check_draw(ᾱ, weights)
     n,size = len(ᾱ),(len(x0),)
     t = torch.randint(0, n, size, device=x0.device) if weights is None else torch.multinomial(weights, *size, replacement=True)
     ε = torch.randn_like(x0)
     return (add_noise(x0, ε, extract(ᾱ, t, x0)), t), ε
+
+# %% ../nbs/13_fast_ddpm.ipynb #a1f0c3d9
+def _check_draw(ᾱ, weights):
+    for name,o in dict(ᾱ=ᾱ, weights=weights).items():
+        if not isinstance(o, torch.Tensor) and (name == 'ᾱ' or o is not None):
+            raise TypeError(f'{name} must be a tensor (n_steps,), such as the ᾱ of a Schedule, not a {type(o).__name__}')
+    _check_numbers(ᾱ, weights)
+
+@lru_cache(maxsize=8) # once for each: in a step of training it would have to wait for the device
+def _check_numbers(ᾱ, weights):
+    if ᾱ.ndim != 1 or not len(ᾱ) or not ((ᾱ >= 0) & (ᾱ <= 1)).all():
+        raise ValueError(f'ᾱ must be a row of numbers from 0 to 1, one for each step, not {ᾱ}')
+    if weights is None: return
+    if weights.shape != ᾱ.shape or not ((weights >= 0) & (weights < torch.inf)).all() or not weights.any():
+        raise ValueError(f'weights must be {len(ᾱ)} numbers of at least 0, finite and not all 0, not {weights}')
+    if not weights.is_floating_point(): raise TypeError(f'weights must be in floating point, not {weights.dtype}: weights.float()')
 
 # %% ../nbs/13_fast_ddpm.ipynb #affed8e5
 def ddim_step(
@@ -44,6 +62,8 @@ def ddim_step(
     clip: bool=True # keep x̂_0 in [-1, 1], and ε such that it leads there?
 ) -> tuple[torch.Tensor, torch.Tensor]: # x_s, x̂_0
     "From step t straight to step s, without new noise (DDIM, equations 12 and 16 with η=0)"
+    for o in (ᾱ_t, ᾱ_s):
+        if not isinstance(o, torch.Tensor): raise TypeError(f'ᾱ_t and ᾱ_s must be tensors, such as sched.ᾱ[t], not {o!r}')
     x̂_0 = (x_t - (1-ᾱ_t).sqrt()*ε) / ᾱ_t.sqrt()
     if clip:
         x̂_0 = x̂_0.clamp(-1, 1)
@@ -56,6 +76,7 @@ def strides(
     n: int # how many to take, from 1 to n_steps
 ) -> list[int]: # from n_steps-1 down
     "`n` of the steps, evenly spaced, the noisiest first"
+    for o in (n_steps, n): check_whole('the number of steps', o, -torch.inf)
     if not 1 <= n <= n_steps: raise ValueError(f'of {n_steps} steps one can take 1 to {n_steps}, not {n}')
     return [round(n_steps - i*n_steps/n)-1 for i in range(n)]
 
@@ -69,7 +90,7 @@ def ddim_steps(
     clip: bool=True # keep x̂_0 in [-1, 1]?
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]: # t, x after it, x̂_0
     "Walk from noise to images in even strides. The model is in eval mode on the way and restored at the end"
-    x,ts = pure_noise(model, sz, generator),strides(len(sched), steps)
+    x,ts = pure_noise(model, sz, generator),strides(len(check_sched(sched, 'ddim_steps')), steps)
     ᾱ = sched.ᾱ.to(x)
     with mode_kept(model):
         model.eval()
@@ -98,12 +119,15 @@ class DDPMCB(Callback):
         sched: Schedule=None, # `Schedule.linear()` if `None`
         weights: torch.Tensor=None # (n_steps,), how often each step is drawn, in proportion; all alike if `None`
     ):
-        self.sched,self.weights = Schedule.linear() if sched is None else sched,weights
-        if weights is not None and (weights.shape != self.sched.ᾱ.shape or not (weights >= 0).all() or not weights.any()):
-            raise ValueError(f'weights must be {len(self.sched)} numbers of at least 0, and not all 0')
+        self.sched,self.weights = Schedule.linear() if sched is None else check_sched(sched, 'DDPMCB'),weights
+        _check_draw(self.sched.ᾱ, weights)
 
+    looked = False # at the pixels? It is done once a fit
+    def before_fit(self, learn): self.looked = False
     def before_batch(self, learn):
-        x0 = learn.batch[0]
+        x0 = batch_parts(learn.batch)[0]
+        if not self.looked: check_images(x0, 'DDPMCB', values=True)
+        self.looked = True
         self.sched = self.sched.to(x0.device)
         if self.weights is not None: self.weights = self.weights.to(x0.device)
         learn.batch = noisify(x0, self.sched.ᾱ, self.weights)
@@ -124,12 +148,14 @@ class UNet(UNet2DModel):
         if odd: raise ValueError(f'GroupNorm cannot split {odd} channels into {groups} groups of equal size: '
                                  f'pass a norm_num_groups that divides each of block_out_channels={tuple(chans)}')
         super().__init__(*args, **kwargs)
+        self.takes = sizes_taken(self)
 
     def forward(self,
         x: torch.Tensor|tuple, # (n, c, h, w); or this and t together
         t: torch.Tensor=None # (n,)
     ) -> torch.Tensor: # like x
         x,t = x if isinstance(x, (tuple, list)) else (x, t)
+        check_sizes(x, t, *self.takes)
         return super().forward(x, t).sample
 
 # %% ../nbs/13_fast_ddpm.ipynb #f83e5a47
@@ -141,6 +167,7 @@ def init_ddpm(
     model: nn.Module # a U-Net of diffusers, or something that has one inside
 ) -> nn.Module: # itself
     "Begin as a shallow network that predicts zero"
+    if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not a {type(model).__name__}')
     for m in model.modules():
         if isinstance(m, ResnetBlock2D): _zero(m.conv2)
         elif isinstance(m, Downsample2D) and isinstance(m.conv, nn.Conv2d): nn.init.orthogonal_(m.conv.weight)
@@ -151,13 +178,21 @@ def init_ddpm(
 def fast_unet(
     chans: tuple=(16, 32, 64), # channels of each size, multiples of 8
     fold: int=2, # side of the blocks of pixels that become one pixel
-    layers: int=1 # residual blocks a size
-) -> SpaceToDepth: # (x_t, t) → prediction, for x_t of shape (n, 1, h, w)
+    layers: int=1, # residual blocks a size
+    in_channels: int=1 # of the images
+) -> SpaceToDepth: # (x_t, t) → prediction, for x_t of shape (n, in_channels, h, w), h and w multiples of fold·2^(len(chans)-1)
     "A U-Net for CPUs: the largest size folded away, attention only in the middle, and it begins with `init_ddpm`"
-    n,c = len(chans),fold**2
+    _check_unet(chans, fold, layers, in_channels)
+    n,c = len(chans),in_channels*fold**2
     unet = UNet(in_channels=c, out_channels=c, block_out_channels=chans, layers_per_block=layers, norm_num_groups=8,
                 down_block_types=('DownBlock2D',)*n, up_block_types=('UpBlock2D',)*n)
     return SpaceToDepth(init_ddpm(unet), fold)
+
+def _check_unet(chans, fold, layers, in_channels):
+    if not isinstance(chans, (tuple, list)) or not chans:
+        raise TypeError(f'chans are the channels of each size, such as (16, 32), not {chans}')
+    for o in chans: check_whole('each of chans', o)
+    for name,o in dict(fold=fold, layers=layers, in_channels=in_channels).items(): check_whole(name, o)
 
 # %% ../nbs/13_fast_ddpm.ipynb #88a34e98
 class NoiseFromV(nn.Module):
@@ -167,7 +202,7 @@ class NoiseFromV(nn.Module):
         sched: Schedule # the one it was trained with
     ):
         super().__init__()
-        self.model,self.sched = model,sched
+        self.model,self.sched = model,check_sched(sched, 'NoiseFromV')
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         self.sched = self.sched.to(x.device) # moves once
@@ -177,7 +212,7 @@ class NoiseFromV(nn.Module):
 class VPredCB(DDPMCB):
     "A DDPMCB that lets the model predict v = √ᾱ·ε - √(1-ᾱ)·x_0 (Salimans & Ho 2022, section 4 and appendix D)"
     def before_batch(self, learn):
-        x0 = learn.batch[0]
+        x0 = batch_parts(learn.batch)[0]
         super().before_batch(learn)
         (x_t,t),ε = learn.batch
         ᾱ_t = extract(self.sched.ᾱ, t, x0)

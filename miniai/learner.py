@@ -627,7 +627,7 @@ class LRFinderCB(Callback):
         self.losses.append(loss)
         if loss > self.min*self.max_mult or not math.isfinite(loss): raise CancelFitException
         self.min = min(self.min, loss)
-        self.sched.step()
+        if learn.stepped: self.sched.step()
 
     def cleanup_fit(self, learn):
         if not getattr(self, 'lrs', None): return

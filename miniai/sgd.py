@@ -89,17 +89,20 @@ def _left_out(cb):
     return sum((gap//usual - 1)*k for gap,k in cb.gaps.items() if gap > usual) + cb.waited//usual
 
 def _check_end(cb):
-    for schedo in getattr(cb.schedo, '_schedulers', [cb.schedo]) if isinstance(cb.schedo, lr_scheduler.ChainedScheduler) else [cb.schedo]:
+    parts = cb.schedo._schedulers if isinstance(cb.schedo, lr_scheduler.ChainedScheduler) else [cb.schedo]
+    for schedo in parts:
         name,n = _length(schedo)
         took = getattr(schedo, 'last_epoch', None)
         if n is None or took is None or took <= n <= took+_left_out(cb) or took > n and _warms_up(schedo): continue
         warnings.warn(_ended_wrong(cb, schedo, name, n, took))
 
 def _ended_wrong(cb, schedo, name, n, took):
-    unit = 'epochs' if isinstance(cb, EpochSchedCB) else 'steps'
-    which = f' of the optimizer, of which there is one in {k} batches' if (k := _batches_a_step(cb)) > 1 else ''
-    return (f'{type(schedo).__name__} ended {"before" if took > n else "after"} the training: it was made for {n} {unit}, '
-            f'but the training had {took} {unit}{which}. Right would be {name}={took}')
+    when,unit,k = 'before' if took > n else 'after',_unit(cb),_batches_a_step(cb)
+    which = f' (steps, not batches: the optimizer steps once in {k} of them)' if k > 1 else ''
+    return (f'{type(schedo).__name__} ended {when} the training: it was made for {n} {unit}, but the training had {took} {unit}{which}. '
+            f'Right would be {name}={took}')
+
+def _unit(cb): return 'epochs' if isinstance(cb, EpochSchedCB) else 'steps'
 
 # %% ../nbs/07_sgd.ipynb #9429e49c
 def _check_past_end(cb, learn, error):
@@ -110,7 +113,7 @@ def _check_past_end(cb, learn, error):
     try: right = learn.n_epochs*(1 if isinstance(cb, EpochSchedCB) else ceil(len(learn.dls.train)/k))
     except TypeError: right = 'epochs times steps of an epoch' # a stream
     each = f', with one step of the optimizer in {k} batches' if k > 1 else ''
-    raise ValueError(f'{type(cb.schedo).__name__} was made for {n} steps, but the training goes on: '
+    raise ValueError(f'{type(cb.schedo).__name__} was made for {n} {_unit(cb)}, but the training goes on: '
                      f'right for {learn.n_epochs} epochs{each} would be {name}={right}') from error
 
 def _lengths(schedo):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import miniai.augment # noqa: F401 (it gives learners capture_preds)
-from .activations import check_whole
+from .datasets import check_whole
 from .conv import map_tensors, unwrap_model
 from .learner import Callback, Learner, cb_list
 

@@ -3,11 +3,12 @@ import math
 
 import pytest, torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from miniai.datasets import DataLoaders
-from miniai.ddpm import DDPMCB, SpaceToDepth, ddpm_sample, ddpm_steps, posterior_coefs, predict_noise, pure_noise, save_gif, to_grid
+from miniai.ddpm import (DDPMCB, SpaceToDepth, check_sizes, ddpm_sample, ddpm_steps, posterior_coefs, predict_noise, pure_noise, save_gif,
+                         sizes_taken, to_grid)
 from miniai.learner import Learner, TrainCB
 from miniai.schedule import Schedule
 
@@ -165,7 +166,7 @@ def test_space_to_depth_is_a_detour_without_loss():
     class Shape(nn.Module):
         def forward(self, x, t): assert x.shape == (2, 12, 4, 4); return x
     assert torch.equal(SpaceToDepth(Shape())(x, None), x)
-    with pytest.raises(ValueError, match='cannot be folded by 2'): SpaceToDepth(Shape())(torch.zeros(1,1,7,8), None)
+    with pytest.raises(ValueError, match='multiples of 2, not 7×8'): SpaceToDepth(Shape())(torch.zeros(1,1,7,8), None)
 
 def test_pictures(tmp_path):
     from PIL import Image
@@ -191,3 +192,140 @@ def test_pure_noise_is_that_of_the_generator_and_fits_the_model():
 def test_the_model_is_asked_at_the_step_of_all():
     x = torch.randn(3, 1, 4, 4)
     with torch.no_grad(): assert torch.equal(predict_noise(Wavy(), x, 700), Wavy()(x, torch.tensor([700]*3)))
+
+def unet(**kw):
+    n = len(kw.get('block_out_channels', (8, 8)))
+    return UNet2DModel(**dict(in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                              down_block_types=('DownBlock2D',)*n, up_block_types=('UpBlock2D',)*n) | kw)
+
+def test_sizes_are_read_off_the_network():
+    assert sizes_taken(unet()) == (1, 2) and sizes_taken(unet(block_out_channels=(8, 8, 8), in_channels=3)) == (3, 4)
+    assert sizes_taken(unet(block_out_channels=(8,))) == (1, 1)
+    assert sizes_taken(Wavy()) == (None, 1) and SpaceToDepth(Wavy(), 3).takes == (None, 3)
+    assert SpaceToDepth(unet(in_channels=8, out_channels=8)).takes == (2, 4)
+    check_sizes(torch.zeros(2,5,7,9), None, None, 1) # nothing is known
+
+@pytest.mark.parametrize('sz, message', [
+    ((2,1,14,15), 'multiples of 2, not 14×15'), ((2,3,8,8), 'of 1 channel, not 3: build it with in_channels=3'),
+    ((2,1,1,1), 'multiples of 2, not 1×1')])
+def test_sizes_that_the_network_cannot_take_are_named(sz, message):
+    x = torch.zeros(sz)
+    learn = Learner(unet(), DataLoaders([(x, x)], [(x, x)]), F.mse_loss, cbs=DDPMCB())
+    for f in (learn.fit, lambda: ddpm_sample(learn.model, Schedule.linear(2), sz)):
+        with pytest.raises(ValueError, match=message): f()
+
+def test_what_cannot_be_folded():
+    with pytest.raises(ValueError, match='takes 1 channels, but blocks of 2×2 pixels become 4'): SpaceToDepth(unet())
+    with pytest.raises(ValueError, match='r must be at least 1'): SpaceToDepth(Wavy(), 0)
+    for bad in (None, UNet2DModel):
+        with pytest.raises(TypeError, match='unet must be a network'): SpaceToDepth(bad)
+    net = SpaceToDepth(unet(in_channels=4, out_channels=4))
+    with pytest.raises(TypeError, match='t is missing'): net(torch.zeros(2,1,8,8))
+    with pytest.raises(ValueError, match='each of the 2 images, not shape'): net(torch.zeros(2,1,8,8), torch.zeros(3))
+    for t in (3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 3])): assert net(torch.zeros(2,1,8,8), t).shape == (2,1,8,8)
+
+@pytest.mark.parametrize('x', [
+    torch.rand(4,1,8,8)*255, (torch.rand(4,1,8,8)*255).round(), torch.rand(4,3,8,8)*65535, torch.rand(4,1,8,8)*255-127])
+def test_images_that_no_noise_hides(x):
+    learn = Learner(Wavy(), DataLoaders([(x, x)], [(x, x)]), F.mse_loss, cbs=DDPMCB())
+    for _ in range(2):
+        with pytest.raises(ValueError, match='which noise of variance 1 cannot hide'): learn.fit(1)
+
+@pytest.mark.parametrize('x', [torch.rand(4,1,8,8), torch.rand(4,1,8,8)-.5, torch.rand(4,1,8,8)*2-1, (torch.rand(4,1,8,8)-.28)/.1,
+                               torch.randn(4,2,1,1)*5, torch.zeros(4,1,8,8), torch.ones(4,1,8,8), torch.rand(4,1,8,8).double()*20])
+def test_images_that_noise_hides(x): assert batch_of(DDPMCB(), x)[0].shape == x.shape
+
+def test_images_that_are_not_finite():
+    x = torch.zeros(2,1,4,4)
+    x[1,0,0,0] = math.nan
+    with pytest.raises(ValueError, match='not finite numbers'): batch_of(DDPMCB(), x)
+
+def test_the_pixels_are_looked_at_once_a_fit(monkeypatch):
+    import miniai.schedule as s
+    looks,real = [],s._check_pixels
+    monkeypatch.setattr(s, '_check_pixels', lambda *a: (looks.append(a), real(*a)))
+    x = torch.zeros(2,1,4,4)
+    learn = Learner(Wavy(), DataLoaders([(x, x)]*5, [(x, x)]*2), F.mse_loss, cbs=DDPMCB())
+    learn.fit(3)
+    assert len(looks) == 1
+    learn.fit(1)
+    assert len(looks) == 2
+
+@pytest.mark.parametrize('bad, message', [
+    (dict(n_steps=Schedule.linear(3)), 'passed as sched='), (dict(n_steps=2.5), 'n_steps must be a whole number, not 2.5'),
+    (dict(n_steps=True), 'whole number'), (dict(sched=torch.linspace(.1, .2, 5)), 'needs a Schedule, .* not a Tensor'),
+    (dict(sched=10), 'not 10'), (dict(sched=Schedule), 'not the class Schedule')])
+def test_what_is_no_schedule(bad, message):
+    with pytest.raises(TypeError, match=message): DDPMCB(**bad)
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+    assert len(DDPMCB(np.int64(3), np.float32(.1), np.float64(.2)).sched) == 3
+
+@pytest.mark.parametrize('kw, error, message', [
+    (dict(model=None), TypeError, 'model must be an nn.Module.*NoneType'),
+    (dict(model=Wavy), TypeError, 'not Wavy itself: call it'),
+    (dict(model=lambda x,t: x), TypeError, 'itself'), (dict(sched=None), TypeError, 'needs a Schedule'),
+    (dict(sched=Schedule.linear(2).ᾱ), TypeError, 'not a Tensor'), (dict(sz=16), ValueError, 'sz must be'),
+    (dict(sz=(1,1,8.,8)), TypeError, 'h of sz must be a whole number'),
+    (dict(sz=(1,0,8,8)), ValueError, 'channels of sz must be at least 1'),
+    (dict(generator=0), TypeError, 'generator must be a torch.Generator, not 0')])
+def test_what_cannot_be_sampled_with(kw, error, message):
+    for f in (ddpm_sample, lambda **k: next(ddpm_steps(**k))):
+        with pytest.raises(error, match=message): f(**dict(model=Wavy(), sched=Schedule.linear(2), sz=(1,1,8,8)) | kw)
+
+def test_coefficients_need_a_schedule():
+    with pytest.raises(TypeError, match='posterior_coefs needs a Schedule.*not None'): posterior_coefs(None)
+
+def test_models_that_answer_with_a_tuple():
+    class Two(Wavy):
+        def forward(self, x, t): return x,x
+    with pytest.raises(ValueError, match='the model returned a tuple'): ddpm_sample(Two(), Schedule.linear(2), (1,1,4,4))
+
+@pytest.mark.parametrize('kw, error, message', [
+    (dict(nrow=0), ValueError, 'nrow must be at least 1'), (dict(nrow=-1), ValueError, 'nrow'),
+    (dict(scale=0), ValueError, 'scale must be'),
+    (dict(scale=1.5), TypeError, 'scale must be a whole number'), (dict(x=torch.zeros(0,1,4,4)), ValueError, 'images must be at least 1'),
+    (dict(x=torch.zeros(2,1,4,4, dtype=torch.uint8)), ValueError, 'floating point'),
+    (dict(x=torch.zeros(4,4)), ValueError, 'to_grid needs images')])
+def test_bad_grids(kw, error, message):
+    with pytest.raises(error, match=message): to_grid(**dict(x=torch.zeros(2,1,4,4)) | kw)
+
+@pytest.mark.parametrize('kw, message', [(dict(ms=-5), 'ms is how long'), (dict(ms=0), 'ms is how long'), (dict(frames=[]), 'no frames'),
+                                         (dict(path='x'), 'must end in .gif'), (dict(path='x.png'), 'must end in .gif')])
+def test_bad_animations(tmp_path, kw, message):
+    kw = dict(path='x.gif', frames=[torch.zeros(1,1,4,4)]) | kw
+    with pytest.raises(ValueError, match=message): save_gif(tmp_path/kw.pop('path'), **kw)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, OSError])
+def test_an_animation_is_there_whole_or_not_at_all(tmp_path, monkeypatch, exc):
+    from PIL import Image
+    frames,real = [torch.rand(2,1,4,4) for _ in range(3)],Image.Image.save
+    before = save_gif(tmp_path/'a.gif', frames).read_bytes()
+    def breaks(self, path, *args, **kwargs):
+        real(self, path, *args, **kwargs)
+        raise exc
+    monkeypatch.setattr(Image.Image, 'save', breaks)
+    for name in ('a.gif', 'b.gif'):
+        with pytest.raises(exc): save_gif(tmp_path/name, frames[:1])
+    assert [o.name for o in tmp_path.iterdir()] == ['a.gif'] and (tmp_path/'a.gif').read_bytes() == before
+
+@pytest.mark.parametrize('form', [lambda x: x, lambda x: (x,), lambda x: dict(image=x, label=x[:,0,0,0]), lambda x: [x, x]])
+def test_batches_of_any_form(form):
+    x = torch.rand(4,1,8,8)
+    learn = Learner(Wavy(), DataLoaders([form(x)]*3, [form(x)]), F.mse_loss, lr=.1, cbs=DDPMCB())
+    learn.fit(1)
+    assert learn.batch[1].shape == learn.preds.shape == x.shape
+
+def test_the_learning_rate_finder_draws_the_noise_task():
+    import matplotlib.pyplot as plt
+    x,cb = torch.rand(16,1,8,8)*2-1,DDPMCB(n_steps=50)
+    net,dls = SpaceToDepth(unet(in_channels=4, out_channels=4)),DataLoaders([x]*8, [x])
+    learn = Learner(net, dls, F.mse_loss, cbs=cb, opt_func=torch.optim.Adam)
+    learn.fit(1)
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.lr_find()
+    losses = plt.gca().lines[0].get_ydata()
+    assert len(losses) > 10 and losses[0] == pytest.approx(learn.loss.item(), abs=.4) # about 1, the variance of the noise
+    assert all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters())) and learn.cbs == [cb]

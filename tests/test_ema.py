@@ -374,3 +374,12 @@ def test_a_helper_that_evaluates_uses_the_averages(dls, model):
     preds,_ = learn.capture_preds()
     torch.testing.assert_close(preds, averaged())
     assert not torch.allclose(preds, torch.cat([model(x) for x,_ in dls.valid]))
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+def test_averages_of_a_compiled_model_beside_accelerate(dls, model, precision):
+    compiled,x = torch.compile(model, backend='eager'),dls.valid[0][0]
+    learn = Learner(compiled, dls, lr=.05, cbs=[AccelerateCB(mixed_precision=precision), ema := EMACB(.9)])
+    for _ in range(2):
+        learn.fit(1)
+        assert torch.equal(ema.model(x), F.linear(x, ema.model.weight, ema.model.bias)) and not torch.allclose(ema.model(x), model(x))
+        assert learn.model is compiled and torch.allclose(compiled(x), F.linear(x, model.weight, model.bias))

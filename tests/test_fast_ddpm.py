@@ -200,9 +200,9 @@ def test_it_goes_with_every_engine(cb, engine):
 def test_images_that_do_not_fit():
     odd = DataLoaders([(torch.zeros(2, 1, 15, 15), torch.zeros(2))], [])
     learn = Learner(fast_unet((8, 16)), odd, F.mse_loss, cbs=[TrainCB(), DDPMCB()])
-    with pytest.raises(ValueError, match='15×15 cannot be folded by 2'): learn.fit(1, valid=False)
+    with pytest.raises(ValueError, match='multiples of 4, not 15×15'): learn.fit(1, valid=False)
     learn.dls = DataLoaders([(torch.zeros(2, 16, 16), torch.zeros(2))], [])
-    with pytest.raises(ValueError, match=r'noisify needs images in floating point, \(n, channels, h, w\)'): learn.fit(1, valid=False)
+    with pytest.raises(ValueError, match=r'needs images in floating point, \(n, channels, h, w\)'): learn.fit(1, valid=False)
     learn.dls = DataLoaders([(torch.zeros(2, 1, 16, 16), torch.zeros(2))], [])
     learn.fit(1, valid=False) # usable still
 
@@ -234,3 +234,120 @@ def test_a_step_never_waits_for_the_gpu(cb, engine):
     sched = BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=5))
     cbs = [engine(), DeviceCB(), MetricsCB(), cb(), sched, GradClipCB(1.), EMACB(.9), Strict()]
     Learner(fast_unet((8, 16)), DataLoaders(dl, dl), F.mse_loss, 1e-3, cbs, partial(optim.Adam, fused=True)).fit(1, valid=False)
+
+S = Schedule.linear(10)
+
+@pytest.mark.parametrize('sz', [28, 36])
+def test_sizes_that_the_fast_network_cannot_take(sz):
+    x,t = torch.randn(2, 1, sz, sz),torch.tensor([1, 2])
+    message = f'height and width must be multiples of 8, not {sz}×{sz}: pad them'
+    with pytest.raises(ValueError, match=message): fast_unet()(x, t)
+    with pytest.raises(ValueError, match=message): sample(fast_unet(), S, x.shape, 2)
+    with pytest.raises(ValueError, match=message): fast_unet()((x, t))
+    learn = Learner(fast_unet(), DataLoaders([(x, t)], []), F.mse_loss, cbs=[TrainCB(), DDPMCB()])
+    with pytest.raises(ValueError, match=message): learn.fit(1, valid=False)
+
+@pytest.mark.parametrize('chans, fold, multiple', [((8,), 2, 2), ((8, 8), 1, 2), ((8, 8), 2, 4), ((8, 8), 4, 8), ((8, 8, 8, 8), 2, 16)])
+def test_the_multiple_is_that_of_the_network(chans, fold, multiple):
+    model,t = fast_unet(chans, fold),torch.tensor([1, 2])
+    for k in (1, 2, 3): assert model(torch.randn(2, 1, k*multiple, multiple), t).shape == (2, 1, k*multiple, multiple)
+    if multiple == 2: return
+    with pytest.raises(ValueError, match=f'multiples of {multiple}, not'): model(torch.randn(2, 1, multiple, multiple*3//2), t)
+    with pytest.raises(ValueError, match='multiples of 2, not 15×16'): tiny()(torch.randn(2, 1, 15, 16), t)
+
+@pytest.mark.parametrize('c', [1, 2, 3])
+def test_channels(c):
+    model,x,t = fast_unet((8, 16), in_channels=c),torch.randn(2, c, 16, 16),torch.tensor([1, 2])
+    assert model(x, t).shape == x.shape and sample(model, S, (2, c, 16, 16), 2).shape == x.shape
+    with pytest.raises(ValueError, match=f'images of {c} channels?, not {c+1}: build it with in_channels={c+1}'):
+        model(torch.randn(2, c+1, 16, 16), t)
+    with pytest.raises(ValueError, match='images of 1 channel, not 3'): tiny()(torch.randn(2, 3, 16, 16), t)
+
+@pytest.mark.parametrize('model', [fast_unet((8, 16)), tiny()], ids=['folded', 'not'])
+def test_steps_that_are_missing_or_too_many(model):
+    x = torch.randn(8, 1, 16, 16)
+    for args in ((x,), (x, None), ((x, None),)):
+        with pytest.raises(TypeError, match='t is missing'): model(*args)
+    for t in (torch.zeros(3).long(), torch.zeros(8, 1), torch.zeros(0), [1]*8):
+        with pytest.raises(ValueError, match='the step of each of the 8 images'): model(x, t)
+    for t in (3, torch.tensor(3), torch.tensor([3]), torch.full((8,), 3)): assert model(x, t).shape == x.shape
+
+@pytest.mark.parametrize('kw, error, message', [
+    (dict(chans=16), TypeError, 'chans are the channels of each size'),
+    (dict(chans=()), TypeError, 'chans'), (dict(chans=(8., 16)), TypeError, 'each of chans'),
+    (dict(fold=0), ValueError, 'fold must be at least 1, not 0'), (dict(layers=0), ValueError, 'layers must be at least 1'),
+    (dict(fold=1.5), TypeError, 'fold must be a whole number'), (dict(in_channels=0), ValueError, 'in_channels must be at least 1')])
+def test_networks_that_cannot_be(kw, error, message):
+    with pytest.raises(error, match=message): fast_unet(**kw)
+
+@pytest.mark.parametrize('kw, error, message', [
+    (dict(weights=torch.ones(3)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=torch.ones(99)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=torch.full((10,), torch.inf)), ValueError, 'weights must be 10 numbers'),
+    (dict(weights=-torch.ones(10)), ValueError, 'weights'),
+    (dict(weights=torch.full((10,), torch.nan)), ValueError, 'finite'),
+    (dict(weights=torch.ones(10).long()), TypeError, r'weights.float\(\)'),
+    (dict(weights=[1]*10), TypeError, 'weights must be a tensor'), (dict(ᾱ=torch.tensor([2., 3.])), ValueError, 'from 0 to 1'),
+    (dict(ᾱ=torch.tensor([.5, -.1])), ValueError, 'from 0 to 1'), (dict(ᾱ=torch.tensor([.5, torch.nan])), ValueError, 'from 0 to 1'),
+    (dict(ᾱ=torch.tensor(.5)), ValueError, 'a row of numbers'), (dict(ᾱ=torch.zeros(0)), ValueError, 'a row of numbers'),
+    (dict(ᾱ=S), TypeError, 'ᾱ must be a tensor.*not a Schedule'), (dict(x0=None), ValueError, 'noisify needs images.*not None')])
+def test_what_noisify_refuses(kw, error, message):
+    for _ in range(2): # what was refused is not remembered as good
+        with pytest.raises(error, match=message): noisify(**dict(x0=torch.zeros(8, 1, 4, 4), ᾱ=S.ᾱ) | kw)
+    if 'weights' in kw:
+        with pytest.raises(error, match=message): DDPMCB(S, **kw)
+
+def test_noisify_looks_at_each_row_once(monkeypatch):
+    from miniai import fast_ddpm
+    fast_ddpm._check_numbers.cache_clear()
+    cb,learn = DDPMCB(S, torch.ones(10)),Learner(tiny(), small_set(), F.mse_loss, cbs=TrainCB())
+    learn.fit(3, cbs=cb)
+    assert fast_ddpm._check_numbers.cache_info().misses == 1
+
+@pytest.mark.parametrize('sched', [Schedule, 10, S.ᾱ, torch.linspace(.1, .2, 5), 'linear'])
+def test_what_is_no_schedule(sched, net):
+    sz = 1,1,4,4
+    for f in (lambda: DDPMCB(sched), lambda: VPredCB(sched), lambda: NoiseFromV(net, sched), lambda: sample(net, sched, sz),
+              lambda: sample(net, sched, sz, 2), lambda: next(ddim_steps(net, sched, sz, 2))):
+        with pytest.raises(TypeError, match='needs a Schedule, such as'): f()
+
+@pytest.mark.parametrize('f, error, message', [
+    (lambda n: NoiseFromV(n, None), TypeError, 'NoiseFromV needs a Schedule'),
+    (lambda n: strides(10, 2.5), TypeError, 'number of steps must be a whole number'),
+    (lambda n: strides('10', 2), TypeError, "not '10'"), (lambda n: sample(n, S, (1,1,4,4), 2.), TypeError, 'not 2.0'),
+    (lambda n: sample(n, S, 16, 2), ValueError, 'sz must be'), (lambda n: sample(None, S, (1,1,4,4), 2), TypeError, 'model must be'),
+    (lambda n: sample(fast_unet, S, (1,1,4,4)), TypeError, 'not fast_unet itself: call it'),
+    (lambda n: sample(n, S, (1,1,4,4), 2, generator=0), TypeError, 'torch.Generator'),
+    (lambda n: init_ddpm(None), TypeError, 'model must be'),
+    (lambda n: ddim_step(torch.zeros(1), torch.zeros(1), .5, .6), TypeError, 'ᾱ_t and ᾱ_s must be tensors'),
+    (lambda n: NoiseFromV(n, S)(torch.zeros(8,1,4,4), torch.full((8,), 99)), IndexError, 't has step 99, but there are only 10'),
+    (lambda n: min_snr(S.ᾱ, torch.nan), ValueError, 'a ratio above 0')])
+def test_wrong_calls(net, f, error, message):
+    with pytest.raises(error, match=message): f(net)
+
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+def test_images_that_no_noise_hides(cb):
+    x = torch.rand(4, 1, 16, 16)*255
+    learn = Learner(tiny(), DataLoaders([(x, x)], []), F.mse_loss, cbs=[TrainCB(), cb()])
+    with pytest.raises(ValueError, match='DDPMCB got images that run from .* which noise of variance 1'): learn.fit(1, valid=False)
+    learn.dls = DataLoaders([(x/255, x)]*2, [])
+    learn.fit(1, valid=False)
+
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+@pytest.mark.parametrize('form', [lambda x: x, lambda x: (x,), lambda x: dict(image=x, label=x[:,0,0,0])])
+def test_batches_of_any_form(cb, form):
+    x = torch.rand(4, 1, 16, 16)
+    learn = Learner(tiny(), DataLoaders([form(x)]*3, [form(x)]), F.mse_loss, cbs=[TrainCB(), cb(), MetricsCB()])
+    learn.fit(1)
+    assert learn.batch[1].shape == learn.preds.shape == x.shape
+
+@pytest.mark.parametrize('cb', [DDPMCB, VPredCB])
+def test_the_learning_rate_finder_draws_the_noise_task(cb):
+    import matplotlib.pyplot as plt
+    set_seed(0)
+    learn = Learner(fast_unet((8, 16)), small_set(), F.mse_loss, cbs=[TrainCB(), cb(Schedule.linear(50)), EMACB(.9)], opt_func=optim.Adam)
+    learn.lr_find()
+    losses = plt.gca().lines[0].get_ydata()
+    target = 1. if cb is DDPMCB else (learn.fit_aside(valid=True).batch[1]**2).mean().item()
+    assert len(losses) > 10 and losses[0] == pytest.approx(target, abs=.15), 'it begins by predicting zero'
+    learn.fit(1)

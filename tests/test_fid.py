@@ -138,9 +138,12 @@ def nan(k):
 
 @pytest.mark.parametrize('samples, error, message', [
     (F.pad(images(20), [2]*4), ValueError, r'\(1, 32, 32\), the images in dls \(1, 28, 28\): .*pad=2'),
-    (images(20)*2-1, ValueError, 'from -1.00 to 1.00, not from 0 to 1'),
-    (images(20)*255, ValueError, 'which value is black'),
+    (images(20)*255, ValueError, 'run from 0.00 to 25.*divided by 255'),
+    ((images(20)*255).round(), ValueError, 'divided by 255'),
+    ((images(20)*20).round(), ValueError, 'divided by 255'), # very dark
     (images(20).expand(-1, 3, -1, -1), ValueError, r'\(3, 28, 28\)'),
+    (3, TypeError, 'samples are images in floating point.*not int'),
+    (None, TypeError, 'not NoneType'),
     ((images(20)*255).byte(), TypeError, 'torch.uint8'),
     (images(20)[0], TypeError, r'\(1, 28, 28\)'),
     (np.zeros((2, 1, 28, 28)), TypeError, 'samples are images in floating point'),
@@ -149,8 +152,6 @@ def nan(k):
     ([], ValueError, 'there are no samples'),
     (images(0), ValueError, 'there are no samples'),
     (iter([images(5), images(0)]), ValueError, 'there are no samples'),
-    (images(20)-.5, ValueError, 'which value is black'),
-    (images(20)*1.5, ValueError, 'which value is black'),
     ([torch.zeros(1, 28, 28)]*3, TypeError, 'torch.stack'),
 ])
 @warns
@@ -166,16 +167,109 @@ def test_other_floating_point(ie, dtype): assert ie.fid(images(200).to(dtype)) =
 
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(model=Net().lin.forward), TypeError, 'an nn.Module that makes features'),
-    (dict(lo=1), ValueError, '0 or -1'),
+    (dict(lo=1), ValueError, 'value of black'),
+    (dict(pad=-2), ValueError, 'pad must be at least 0, not -2'),
+    (dict(pad=1.5), TypeError, 'pad must be a whole number, not 1.5'),
+    (dict(dls=None), TypeError, 'dls is a NoneType without train and valid'),
+    (dict(dls=DataLoaders([], [])), ValueError, 'dls.valid gave no batch'),
+    (dict(dls=DataLoaders([], [(images(9)*255).byte()])), TypeError, 'the images of dls.valid are images in floating point.*uint8'),
     (dict(model=nn.Sequential(nn.Flatten(0))), TypeError, r'features \(n, d\)'),
-    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(images(9)*2-1, torch.zeros(9))])), ValueError, 'learnt from images of 28×28'),
-    (dict(model=Classifier(nfs=(4, 8)), dls=DataLoaders([], [(F.pad(images(9), [2]*4), torch.zeros(9))])), ValueError, r'\(1, 32, 32\)'),
 ])
 def test_what_cannot_judge(dls, kwargs, error, message):
     with pytest.raises(error, match=message): ImageEval(**dict(model=Net(), dls=dls) | kwargs)
 
 def test_dark_samples_that_were_said_to_have_a_darker_black(dls):
     with pytest.raises(ValueError, match='from 0.00 to 1.00, not from -1 to 1'): ImageEval(Net(), dls, lo=-1).fid(images(20))
+
+@pytest.mark.parametrize('x, message', [(images(9)*2-1, 'from -1'), (F.pad(images(9), [2]*4), r'\(1, 32, 32\)')])
+def test_a_classifier_may_have_learnt_from_other_images_than_ours(x, message):
+    with pytest.warns(UserWarning, match=message): ie = ImageEval(Classifier(nfs=(4, 8)), DataLoaders([], [(x, torch.zeros(9))]))
+    assert len(ie.feats) == 9
+
+@warns
+@pytest.mark.parametrize('lo, samples', [
+    (None, torch.randn(30, 1, 28, 28)),     # noise
+    (None, images(30)*2-1), (None, images(30)-.5), (None, images(30)*1.5),
+    (-1, torch.randn(30, 1, 28, 28)*3), (-1, images(30)*40-20), (None, torch.full((30, 1, 28, 28), -1.))])
+def test_samples_of_a_bad_model_are_cut_off_and_judged_with_one_warning(dls, lo, samples):
+    ie = ImageEval(Net(), dls, lo=lo)
+    for f in (ie.fid, ie.kid, lambda x: ie.report(x).fid):
+        for x in (samples, (o for o in samples.split(7))):
+            with pytest.warns(UserWarning, match='far beyond black and white: they run from') as w: assert math.isfinite(f(x))
+            far = [o for o in w if '30 of 30 samples go far beyond' in str(o.message)]
+            assert len(far) == 1 and far[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert ie.fid(samples) == pytest.approx(ie.fid(samples.clamp(lo or 0, 1)))
+
+@warns
+def test_only_those_that_go_far_beyond_are_counted(ie):
+    x = images(40)
+    x[3,0,9,9],x[8,0,1,1],x[20] = 1.1,7.,-3.
+    with pytest.warns(UserWarning, match='2 of 40 samples'): ie.fid(x)
+
+@pytest.mark.parametrize('lo', [None, -1])
+@pytest.mark.parametrize('x', [images(30)*.05, images(30)*.05 - 1, torch.zeros(30, 1, 28, 28), torch.ones(30, 1, 28, 28),
+                               torch.full((30, 1, 28, 28), .4)], ids=['dark', 'darkest', 'black or grey', 'white', 'grey'])
+@pytest.mark.filterwarnings('ignore:.*samples')
+def test_what_samples_may_look_like(dls, lo, x):
+    "All black, all white, hardly any contrast: bad samples, and no mistake"
+    ie = ImageEval(Net(), dls, lo=lo)
+    assert math.isfinite(ie.fid(x)) and ie.get_feats(x[:1]).shape == (1, 10)
+
+@warns
+def test_black_at_minus_a_half(dls, ie):
+    assert ImageEval(Net(), dls, lo=-.5).fid(images(30)-.5) == pytest.approx(ie.fid(images(30)), rel=1e-4)
+
+@warns
+def test_grey_samples_where_the_images_have_three_channels(dls):
+    class Colour(Net):
+        def forward(self, x): assert x.shape[1] == 3; return super().forward(x.mean(1, keepdim=True))
+    coloured = [x.expand(-1, 3, -1, -1) for x,_ in dls.valid]
+    assert ImageEval(Colour(), DataLoaders([], coloured)).fid(images(30)) == pytest.approx(ImageEval(Net(), dls).fid(images(30)), rel=1e-3)
+
+@pytest.mark.parametrize('form', [lambda x: x, lambda x: (x,), lambda x: [x, x[:, 0, 0, 0]], lambda x: dict(image=x, label=x[:, 0, 0, 0]),
+                                  lambda x: ((x, x[:, 0, 0, 0]), x)])
+@warns
+def test_batches_of_any_form(ie, form):
+    batches = [form(x) for x,_ in ie.learn.dls.valid]
+    other = ImageEval(Net(), DataLoaders(batches, batches))
+    assert torch.equal(other.feats, ie.feats) and other.floor(300) > 0
+    assert other.fid(form(x) for x in images(90).split(30)) == pytest.approx(ie.fid(images(90)))
+
+@warns
+def test_the_range_is_that_of_all_images_and_not_of_the_first_batch(ie):
+    x = torch.cat([o for o,_ in ie.learn.dls.valid])
+    x = x[x.amax((1, 2, 3)).argsort()]
+    def range_of(*batches): return ImageEval(Net(), DataLoaders([], batches)).range
+    assert range_of(torch.zeros(5, 1, 28, 28), x) == range_of(x[:100]*.1, x) == range_of(x*.1) == range_of(x*.4 + .5) == (0, 1)
+    assert range_of(torch.full((5, 1, 28, 28), -1.), x*2-1) == range_of(x, x*2-1) == range_of(x*1.2-1) == (-1, 1)
+    assert range_of(x-.5) == range_of(torch.zeros(5, 1, 28, 28), x-.5) == (-.5, .5)
+    lo,hi = range_of(x[:9]*.2, (x-.29)/.35) # standardised
+    assert lo == pytest.approx(-.29/.35) and hi == pytest.approx((x.max().item()-.29)/.35)
+    once = ImageEval(Net(), DataLoaders([], (o for o in x.split(100)))) # may be gone through once
+    torch.testing.assert_close(once.feats, ImageEval(Net(), DataLoaders([], [x])).feats)
+    black_first = DataLoaders([], [torch.zeros(5, 1, 28, 28), x])
+    want = ImageEval(Net(), black_first).fid(images(30))
+    assert ImageEval(Net(), black_first, lo=-1).fid(images(30)*2-1) == pytest.approx(want, rel=1e-4)
+
+def test_images_of_several_shapes():
+    with pytest.raises(ValueError, match=r'several shapes: \(1, 28, 28\) and \(1, 32, 32\)'):
+        ImageEval(Net(), DataLoaders([], [images(9), images(9), F.pad(images(9), [2]*4)]))
+
+@warns
+def test_more_samples_than_training_images_have_no_floor():
+    for train in ([], [images(9)]):
+        r = ImageEval(Net(), DataLoaders(train, [images(50)])).report(images(20))
+        assert math.isnan(r.floor) and math.isfinite(r.fid) and 'too few training images for a floor' in str(r)
+
+@warns
+def test_one_sample_has_no_kid(ie):
+    for f in (ie.kid, ie.fid, ie.report):
+        with pytest.raises(ValueError, match='at least two images, not 1'): f(images(1))
+    for n in ('x', 2.5):
+        with pytest.raises(TypeError, match='the number of images must be a whole number'): ie.floor(n)
+    with pytest.raises(ValueError, match='maxs must be at least 1'): _calc_kid(torch.rand(100, 5), torch.rand(100, 5), maxs=0)
 
 def test_a_model_that_gives_nan(dls):
     class Bad(Net):

@@ -140,7 +140,7 @@ def test_what_is_no_transform_is_refused(bad):
 
 @pytest.mark.parametrize('steps', [0, 1, -3, 2.5, None], ids=str)
 def test_a_curve_has_two_points_or_more(steps):
-    with pytest.raises((ValueError, TypeError), match='steps has to be'): plot_func(torch.relu, steps=steps)
+    with pytest.raises((ValueError, TypeError), match='steps must be'): plot_func(torch.relu, steps=steps)
 
 @pytest.mark.parametrize('bad', [3, 'ab', [], (8, 0), (8, 2.5), ('a', 'b'), (8, -1)], ids=str)
 def test_numbers_of_channels(bad):
@@ -150,10 +150,10 @@ def test_numbers_of_channels(bad):
 
 def test_a_convolution_has_channels():
     for ni,nf in ((0, 2), (2, 0), (-1, 2), (1.5, 2)):
-        with pytest.raises((ValueError, TypeError), match='n[if] has to be'): conv(ni, nf)
+        with pytest.raises((ValueError, TypeError), match='n[if] must be'): conv(ni, nf)
 
 @pytest.mark.parametrize('n', [0, -1, 1.5])
 def test_lsuv_needs_a_pass(n):
     model = get_model(act).cpu()
-    with pytest.raises((ValueError, TypeError), match='max_iter has to be'):
+    with pytest.raises((ValueError, TypeError), match='max_iter must be'):
         lsuv_init(model, model[0][1], model[0][0], torch.randn(8, 1, 28, 28), max_iter=n)

@@ -47,4 +47,4 @@ def test_a_block_without_an_activation():
     assert torch.equal(block(x), block.convs(x)+x) and not any(isinstance(m, GeneralRelu) for m in block.modules())
     for bad in (nn.ReLU(), True):
         with pytest.raises(TypeError, match='act is'): ResBlock(4, 4, act=bad)
-    with pytest.raises(ValueError, match='nf has to be at least 1'): ResBlock(4, 0)
+    with pytest.raises(ValueError, match='nf must be at least 1'): ResBlock(4, 0)

@@ -5,7 +5,7 @@ import pytest, torch
 from diffusers import DDPMScheduler
 
 from miniai import ddpm
-from miniai.schedule import Schedule, add_noise, check_images, extract
+from miniai.schedule import Schedule, add_noise, check_images, check_sched, extract
 
 def test_schedule_is_that_of_diffusers():
     s,ref = Schedule.linear(1000, 0.0001, 0.02),DDPMScheduler(1000, 0.0001, 0.02)
@@ -55,3 +55,28 @@ def test_bad_β(β):
 @pytest.mark.parametrize('x', [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 64), torch.zeros(4, 8, 8)])
 def test_what_are_no_images(x):
     with pytest.raises(ValueError, match=r'Somebody needs images in floating point, \(n, channels, h, w\)'): check_images(x, 'Somebody')
+
+@pytest.mark.parametrize('make', [lambda: Schedule.linear(5000, beta_max=.9), lambda: Schedule(torch.full((200,), .9)),
+                                  lambda: Schedule.linear(1000, beta_max=.5, dtype=torch.float32)])
+def test_a_schedule_that_leaves_nothing(make):
+    with pytest.raises(ValueError, match='falls to exactly 0 at step .* fewer steps or smaller β'): make()
+
+def test_a_schedule_that_leaves_next_to_nothing():
+    assert Schedule.linear(1000, beta_max=.1).ᾱ[-1] > 0 and Schedule.cosine(4000).ᾱ[-1] > 0
+    assert Schedule.linear(1000, beta_max=.9, dtype=torch.float64).ᾱ[-1] > 0
+
+@pytest.mark.parametrize('n', [1.5, '3', None, Schedule, torch.tensor(1.5).numpy()])
+def test_what_is_no_number_of_steps(n):
+    for f in (Schedule.linear, Schedule.cosine):
+        with pytest.raises(TypeError, match='n_steps must be a whole number'): f(n)
+
+@pytest.mark.parametrize('β', [[.1, .2], None, .1])
+def test_β_that_is_no_tensor(β):
+    with pytest.raises(TypeError, match='β must be a tensor'): Schedule(β)
+
+def test_checks():
+    s = Schedule.linear(3)
+    assert check_sched(s, 'this') is s
+    with pytest.raises(TypeError, match="this needs a Schedule, such as .*, not 'x'"): check_sched('x', 'this')
+    with pytest.raises(ValueError, match='Somebody needs images in floating point.*not None'): check_images(None, 'Somebody')
+    with pytest.raises(IndexError, match='t has step 9, but there are only 3'): extract(s.ᾱ, torch.tensor([1, 9]), torch.zeros(2,1,2,2))

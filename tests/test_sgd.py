@@ -126,7 +126,7 @@ def test_epochs_are_counted_as_epochs(model, dls):
 @pytest.mark.parametrize('n,steps', [(2, 12), (4, 6)])
 def test_with_accumulation_steps_are_counted_not_batches(model, dls, n, steps):
     msg, = warned(model, dls, TrainCB(), GradAccumCB(n), BatchSchedCB(cycle(22)))
-    assert f'had {steps} steps of the optimizer, of which there is one in {n} batches' in msg and f'total_steps={steps}' in msg
+    assert f'had {steps} steps (steps, not batches: the optimizer steps once in {n} of them)' in msg and f'total_steps={steps}' in msg
     assert warned(model, dls, TrainCB(), GradAccumCB(n), BatchSchedCB(cycle(steps))) == []
 
 @pytest.mark.parametrize('cut', [RaiseCB('after_batch', CancelFitException(), 5), RaiseCB('after_batch', KeyboardInterrupt(), 5)])

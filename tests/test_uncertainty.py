@@ -231,7 +231,7 @@ def test_log_probabilities_are_scores():
 
 @pytest.mark.parametrize('bad', [0, -1, 2.5, 'x', None])
 def test_a_number_of_passes_is_a_whole_one(bad):
-    with pytest.raises((ValueError, TypeError), match='n_passes has to be'): mc_predict(learner(net()), bad)
+    with pytest.raises((ValueError, TypeError), match='n_passes must be'): mc_predict(learner(net()), bad)
 
 def test_targets_are_classes():
     probs,scores = torch.tensor([[.9, .1], [.2, .8], [.6, .4]]),torch.tensor([[2., 0], [0, 2], [1, 0]])
@@ -239,7 +239,7 @@ def test_targets_are_classes():
         for f,o in ((reliability, probs), (fit_temperature, scores)):
             with pytest.raises(ValueError, match='target'): f(o, torch.tensor(targs))
     with pytest.raises(ValueError, match='one of 2 classes'): reliability(probs, torch.full((3,), -100))
-    with pytest.raises(ValueError, match='n_bins has to be'): reliability(probs, [0, 1, 1], n_bins=0)
+    with pytest.raises(ValueError, match='n_bins must be'): reliability(probs, [0, 1, 1], n_bins=0)
 
 def test_rows_without_a_target_are_left_out_as_cross_entropy_does():
     set_seed(0)
