@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'miniai.checkpoint._text': ('checkpoints.html#_text', 'miniai/checkpoint.py'),
                                    'miniai.checkpoint._told': ('checkpoints.html#_told', 'miniai/checkpoint.py'),
                                    'miniai.checkpoint._unpack': ('checkpoints.html#_unpack', 'miniai/checkpoint.py'),
+                                   'miniai.checkpoint._version': ('checkpoints.html#_version', 'miniai/checkpoint.py'),
                                    'miniai.checkpoint._working': ('checkpoints.html#_working', 'miniai/checkpoint.py'),
                                    'miniai.checkpoint._write': ('checkpoints.html#_write', 'miniai/checkpoint.py')},
             'miniai.conv': { 'miniai.conv._check_lengths': ('conv.html#_check_lengths', 'miniai/conv.py'),

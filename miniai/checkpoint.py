@@ -48,7 +48,7 @@ def _parts(o):
     return [*attrs, getattr(o, '__self__', None)]
 
 def _held(*roots):
-    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, partial functions, and what functions use"
+    "The generators that `roots` hold, however nested: in attributes, lists, dicts, methods, and what functions use"
     found,seen,todo = [],set(),[(o, 0) for o in roots]
     for o,depth in todo: # which grows meanwhile
         if id(o) in seen or depth > 9: continue
@@ -233,10 +233,10 @@ def _plan(learn):
         if not isinstance(cb, BaseSchedCB): continue
         lines |= {f'{k} of {nm}': v for k,v in (dict(kind=type(cb.schedo).__name__) | cb.state_dict()).items()}
     lines |= {f'weight {k}': f'{tuple(o.shape)} {o.dtype}' for k,o in unwrap_model(learn.model).state_dict().items()}
-    return {k: _text(v) for k,v in lines.items()} | {nm: metadata.version(nm) for nm in _VERSIONS}
+    return {k: _text(v) for k,v in lines.items()} | {nm: _version(nm) for nm in _VERSIONS}
 
 _HOW = {'params', 'param_names', 'foreach', 'fused', 'capturable', 'differentiable'} # how an optimizer computes, not what
-_VERSIONS = 'torch', 'numpy'
+_VERSIONS = 'miniai', 'torch', 'numpy'
 def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
 def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
 def _text(v): return re.sub(' at 0x[0-9a-f]+', '', str(v.tolist() if isinstance(v, torch.Tensor) else _plain(v)))
@@ -248,6 +248,10 @@ def _data_lines(dl, loaders):
             'shuffled': getattr(dl, 'shuffle', type(getattr(dl, 'sampler', None)).__name__),
             'generators of the loaders': [type(g).__name__ for g in _held(*loaders)], 'processes': _place()[1]}
 
+def _version(nm):
+    try: return metadata.version(nm)
+    except metadata.PackageNotFoundError: return 'unknown' # a checkout that was not installed
+
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -256,7 +260,7 @@ def _length(o):
 def _check_same(path, was, now):
     "Refuse to go on with another fit, by all that differs. More epochs are welcome, and other versions are worth a warning"
     def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
-    def lines(keys): return [f'{k}: {was.get(k, "nothing")[:99]} in the checkpoint, {now.get(k, "nothing")[:99]} here' for k in keys]
+    def lines(keys): return [f'{k}: {was.get(k, "nothing")[:60]} in the checkpoint, {now.get(k, "nothing")[:60]} here' for k in keys]
     if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
     differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
     if not set(differ) - {'epochs'}: return
@@ -379,7 +383,7 @@ def _begin(self:CheckpointCB, learn):
     if rest['fits'] < self.fits: return # of the fit that this object has seen to its end: here begins another one
     completed,self.steps = rest['fits'] > self.fits,rest['steps']
     if not completed: _check_same(path, rest['plan'], self.plan)
-    if is_main(): print(_told(path, learn, rest, completed))
+    if is_main(): print(_told(path, learn, rest, self.fits))
     self.start,self.found = (math.inf, None) if completed else (rest['epoch'], (weights, rest))
     if self.start >= learn.n_epochs: self._restore(learn, weights, rest, completed)
 
@@ -415,7 +419,6 @@ def _go_on(self:CheckpointCB, learn):
     if found is None: learn.dl = self.dl = _Replay(learn.dl, loaders)
     else:
         mine,rest = self._restore(learn, *found),found[1]
-        learn.loss = None # if all batches were done, but the epoch was not ended, there is none
         if rest['ended']: raise CancelEpochException
         learn.dl = self.dl = _Replay(learn.dl, loaders, rest['batch'], mine['began'], mine['now'])
 
@@ -444,12 +447,14 @@ def _put_down(self:CheckpointCB, weights, rest):
     self.damaged = []
 
 # %% ../nbs/20_checkpoints.ipynb #cktoldxx
-def _told(path, learn, rest, completed):
+def _told(path, learn, rest, fits):
     "One line: from where, with what, and without what"
-    if completed: return f'{path} is of a later fit, so this one was completed, and nothing is left to train. Restored: weights'
+    if rest['fits'] > fits:
+        return f'{path} is of fit {rest["fits"]+1}, so this fit {fits+1} was completed, and nothing is left to train. Restored: weights'
     where,n = f'epoch {rest["epoch"]}',rest['plan']['batches an epoch']
     if not rest['ended']: where = f'batch {rest["batch"]} of {n} in {where}'
-    goes = 'nothing is left to train' if rest['epoch']+rest['ended'] >= learn.n_epochs else 'the fit goes on from there'
+    over = rest['ended'] or str(rest['batch']) == n
+    goes = 'nothing is left to train' if rest['epoch']+over >= learn.n_epochs else 'the fit goes on from there'
     now,had = _named(cb for cb in learn.cbs if not isinstance(cb, CheckpointCB)),rest['ranks'][0]['callbacks']
     lists = {'Restored': ['model', 'optimizer', 'random numbers', *(k for k in now if k in had)],
              'Beginning anew': [k for k,cb in now.items() if k not in had and _keeps(cb)],
