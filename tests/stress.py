@@ -1,6 +1,6 @@
 """Break fits on purpose, by the hundred, and count what comes through: kills, interrupts, a full disk, two fits on one folder, leaks.
 
-    make stress                                     # all of it: some minutes on two cores
+    make stress                                     # all of it, ten minutes on two cores
     python tests/stress.py --few                    # five of each, as in `make test`
     python tests/stress.py --only interrupts        # only the rows that have this in their name
     python tests/stress.py --seed 3                 # at other moments
@@ -305,23 +305,23 @@ def file_kills(n, rng):
             if odd: faults.append(f'killed before call {i} of {len(calls)}, {calls[i]}, after batch {told.get("saved")}: {"; ".join(odd)}')
     return len(which),clean,f'{len(calls)} calls',faults
 
-# Interrupts, by a real SIGINT
+# Interrupts: by a real SIGINT at a line, by an exception in an event
 
 EVENTS = [f'{a}_{b}' for a in ('before', 'after', 'cleanup') for b in ('fit', 'epoch', 'batch')]
 EVENTS += ['after_predict', 'after_loss', 'after_backward', 'after_step']
 ENGINES = dict(TrainCB=TrainCB, MixedPrecision=partial(MixedPrecision, dtype=torch.bfloat16),
                AccelerateCB=partial(AccelerateCB, mixed_precision='no'))
 
-def ctrl_c(*args): signal.raise_signal(signal.SIGINT)
+def ctrl_c(): signal.raise_signal(signal.SIGINT)
 
 class AtEvent(Callback):
-    "Ctrl-C at the `n`th `event`; before, among or after the other callbacks"
+    "KeyboardInterrupt at the `n`th `event`; before, among or after the other callbacks"
     def __init__(self, event, n, order):
         self.n,self.order = n,order
         setattr(self, event, self._count)
     def _count(self, learn):
         self.n -= 1
-        if not self.n: ctrl_c()
+        if not self.n: raise KeyboardInterrupt
 
 def flat(params): return torch.cat([p.detach().flatten() for p in params])
 
@@ -507,6 +507,14 @@ def held():
     return dict(figures=len(plt.get_fignums()), descriptors=len(os.listdir('/dev/fd')), threads=threading.active_count(),
                 children=len(children.read_text().split()) if children.exists() else 0)
 
+def more(before):
+    "What it holds more than before; the threads of a loader's workers take a moment to end"
+    for _ in range(50):
+        res = {k: v-before[k] for k,v in held().items()}
+        if not any(v > 0 for v in res.values()): break
+        time.sleep(.1)
+    return res
+
 def many_fits(n, warm=3):
     "So many fits with everything that could hold on to something; what there is more of after each"
     # as in a notebook, where the bar draws figures
@@ -522,7 +530,7 @@ def many_fits(n, warm=3):
         learn.capture_preds()
         learn.summary()
         gc.collect()
-        if i >= 0: res.append({k: v-before[k] for k,v in held().items()} | dict(hooks=hooks(model)))
+        if i >= 0: res.append(more(before) | dict(hooks=hooks(model)))
         shutil.rmtree(folder/str(i))
     shutil.rmtree(folder)
     return dict(more=res, memory=rss()-memory)
@@ -530,11 +538,11 @@ def many_fits(n, warm=3):
 def leaks(n, rng):
     told = Child(many_fits, n).end()
     if 'error' in told: return n,0,'',[told['error']+told.get('where', '')]
-    more,memory = told['end']['more'],told['end']['memory']
-    faults = [f'after fit {i}: {o}' for i,o in enumerate(more) if any(v > 0 for v in o.values())]
+    kept,memory = told['end']['more'],told['end']['memory']
+    faults = [f'after fit {i}: {o}' for i,o in enumerate(kept) if any(v > 0 for v in o.values())]
     clean = n-len(faults)
     if memory > 20: faults,clean = [*faults, f'{memory:.1f} MB more memory'],0
-    note = ', '.join(f'{v} {k}' for k,v in more[-1].items())
+    note = ', '.join(f'{v} {k}' for k,v in kept[-1].items())
     return n,clean,f'{note}, {memory:.1f} MB more',faults
 
 # The table
