@@ -18,7 +18,7 @@ from miniai.ema import EMACB
 from miniai.learner import Callback, CancelEpochException, CancelFitException, Learner, MetricsCB, TrainCB
 from miniai.sgd import BatchSchedCB, EpochSchedCB, RecorderCB
 
-pytestmark = pytest.mark.filterwarnings('ignore:mixed precision is meant')
+pytestmark = pytest.mark.filterwarnings('ignore:mixed precision is meant', 'ignore:OneCycleLR ended after the training')
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
