@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from operator import attrgetter
-import copy, inspect, math, time, warnings
+import copy, inspect, math, signal, threading, time, warnings
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +190,28 @@ def _joined_by(learn, cbs):
         for cb in cbs:
             if cb in learn.cbs: learn.cbs.remove(cb)
 
+# %% ../nbs/04_learner.ipynb #1c508f67
+class _CtrlC:
+    "Within a fit Ctrl-C waits for the end of the batch, so that it cuts through no step and no cleanup; pressed again, it does not wait"
+    came = False
+    def __enter__(self):
+        self.was = None
+        if _on_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self.was = signal.signal(signal.SIGINT, _note)
+    def __exit__(self, *args):
+        if self.was is None: return # a fit within another
+        signal.signal(signal.SIGINT, self.was)
+        _give_way()
+
+def _on_main_thread(): return threading.current_thread() is threading.main_thread()
+def _note(*args):
+    _give_way()
+    _CtrlC.came = True
+def _give_way():
+    if not _CtrlC.came or not _on_main_thread(): return
+    _CtrlC.came = False
+    raise KeyboardInterrupt
+
 # %% ../nbs/04_learner.ipynb #4d06a929
 class Learner:
     "A model, data, a loss and an optimizer, and the loop that trains them, open to callbacks at every point"
@@ -209,7 +231,7 @@ class Learner:
     ) -> None:
         "Train for `n_epochs`. After an error or an interruption the learner can fit again"
         _check_fit(self, n_epochs)
-        with _joined_by(self, cb_list(cbs)):
+        with _CtrlC(), _joined_by(self, cb_list(cbs)):
             self.n_epochs,self.epochs = n_epochs,range(n_epochs)
             self.opt = _new_opt(self.opt_func, self.model, self.lr if lr is None else lr)
             self._fit(train, valid)
@@ -251,6 +273,7 @@ class Learner:
     def callback(self, method_nm: str) -> None:
         "Call `method_nm` of all callbacks that have it"
         if found := (self._found or partial(_look_up, self.cbs))(method_nm): _run(method_nm)(found, self)
+        if _CtrlC.came and method_nm == 'after_batch': _give_way()
     def predict(self): self.callback('predict')
     def get_loss(self): self.callback('get_loss')
     def backward(self): self.callback('backward')

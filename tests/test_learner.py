@@ -1,5 +1,5 @@
 "The Learner's contract: events and their order, cancelling, steps, metrics, progress"
-import copy, gc, inspect, math, weakref
+import copy, gc, inspect, math, signal, threading, weakref
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -353,6 +353,52 @@ def test_a_cleanup_that_fails_does_not_skip_the_others(model, dls, level, exc):
     if exc is ValueError: assert 'RaiseCB' in e.value.__notes__[0]
     learn.cbs = [rec]
     learn.fit(1)
+
+# --- Ctrl-C
+
+def press(): signal.raise_signal(signal.SIGINT)
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_batch', 'after_predict', 'after_step', 'after_batch', 'cleanup_batch'])
+def test_ctrl_c_waits_for_the_end_of_the_batch(model, dls, event):
+    class Press(Callback):
+        def before_fit(self, learn): self.pressed,self.done = False,0
+        def after_batch(self, learn): self.done += 1
+        def press(self, learn):
+            if not self.pressed: self.pressed = True; press()
+    cb,rec = Press(),Recorder(order=20)
+    call = getattr(cb, event, lambda learn: None)
+    setattr(cb, event, lambda learn: (call(learn), cb.press(learn)))
+    learn = TrainLearner(model, dls, cbs=[cb, rec])
+    with pytest.raises(KeyboardInterrupt): learn.fit(2)
+    batches = 2 if event == 'cleanup_batch' else 1
+    assert rec.seen.count('after_batch') == rec.seen.count('after_step') == rec.seen.count('cleanup_batch') == cb.done == batches
+    assert rec.seen[-2:] == ['cleanup_epoch', 'cleanup_fit'] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+def test_ctrl_c_at_the_end_of_a_fit_and_within_a_fit_aside(model, dls):
+    class Last(Callback):
+        def cleanup_fit(self, learn): press()
+    with pytest.raises(KeyboardInterrupt): TrainLearner(model, dls).fit(1, cbs=Last())
+    class Aside(Callback):
+        def after_epoch(self, learn): learn.fit_aside(press_once, valid=True)
+    class Once(Callback):
+        def after_predict(self, learn): press()
+    press_once = Once()
+    with pytest.raises(KeyboardInterrupt): TrainLearner(model, dls).fit(1, cbs=Aside())
+    TrainLearner(model, dls).fit(1)
+
+def test_ctrl_c_twice_does_not_wait(model, dls):
+    class Twice(Callback):
+        def after_predict(self, learn): press(); press(); raise AssertionError('the second does not wait')
+    with pytest.raises(KeyboardInterrupt): TrainLearner(model, dls).fit(1, cbs=Twice())
+
+def test_a_handler_of_the_users_own_and_another_thread_are_left_alone(model, dls):
+    came = []
+    was = signal.signal(signal.SIGINT, lambda *a: came.append(1))
+    try: TrainLearner(model, dls).fit(1, cbs=RaiseCB('after_batch', CancelFitException())); press()
+    finally: signal.signal(signal.SIGINT, was)
+    assert came == [1]
+    thread = threading.Thread(target=lambda: TrainLearner(model, dls).fit(1))
+    thread.start(); thread.join()
 
 # --- batches, predictions and metrics of every kind
 
