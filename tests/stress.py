@@ -353,7 +353,7 @@ def interrupted(folder, engine, how, *args):
     try: learn.fit(2, cbs=extra)
     except KeyboardInterrupt: cut = True
     sys.settrace(None)
-    tell(cut=cut)
+    tell(cut=cut, reached=trace is None or trace.count >= trace.n)
     if how == 'lines': tell(seen=trace.seen)
     if not cut: tell(first=state(learn, ema))
     odd = left_over(learn, model, dls, cbs, ema, seen)
@@ -383,25 +383,26 @@ def left_over(learn, model, dls, cbs, ema, seen):
 def hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in model.modules())
 
 def interrupts(n, rng, how, *modules):
-    faults,clean,whole = [],0,{}
+    faults,tried,clean,whole = [],0,0,{}
     with folders() as new:
         for engine in ENGINES if n is None else [rng.choice([*ENGINES])]:
             whole[engine] = told = Child(interrupted, new(), engine, 'lines', NEVER, *modules).end()
             if 'error' in told: return 1,0,'',[f'{engine}: {told["error"]} {told.get("where")}']
         todo = events(whole) if how == 'event' else lines(whole, rng, modules)
-        if n is not None: todo = rng.sample(todo, n)
-        for engine,*args in todo:
+        for engine,*args in todo if n is None else rng.sample(todo, len(todo)):
+            if tried == n: break
             told,w = Child(interrupted, new(), engine, how, *args).end(),whole[engine]
+            if not told.get('reached', True): continue # the bar was drawn less often, and so there were fewer lines
             if 'error' in told: odd = [f'{told["error"]} {told.get("where")}']
             elif not told.get('cut'): odd = ['it was not interrupted']
             else:
                 # the next fit completes this one, or trains anew if this one was complete already
                 ends = [[f'then {k} differ' for k,v in told.get('again', {}).items() if v != w[end][k]] for end in ('first', 'again')]
                 odd = told['end'] + min(ends, key=len)
-            clean += not odd
+            tried,clean = tried+1,clean+(not odd)
             where = args if how == 'event' else f'{w["seen"][args[0]-1]} (line {args[0]} that is run)'
             if odd: faults.append(f'{engine}, {where}: {"; ".join(odd)}')
-    return len(todo),clean,'',faults
+    return tried,clean,'',faults
 
 def events(engines):
     "Every event with every engine, at its first and second occasion, before, among and after the other callbacks"
