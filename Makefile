@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 LESSONS = $(wildcard nbs/10_*.ipynb nbs/11_*.ipynb nbs/12_*.ipynb nbs/13_*.ipynb)
 
-.PHONY: help setup demo test lessons data bench docs lab edit export clean
+.PHONY: help setup demo test stress lessons data bench docs lab edit export clean
 
 help: ## list these commands (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ demo: $(READY) ## train a diffusion model on pictures of clothes and draw new on
 
 test: $(READY) ## check that package and notebooks agree, run tests/, then run every notebook
 	@$(BIN)/python tests/run.py
+
+stress: $(READY) ## break fits on purpose, by the hundred (kills, interrupts, a full disk), and count: ten minutes
+	@$(BIN)/python tests/stress.py
 
 lessons: $(READY) ## run the lessons on dropout and diffusion (10 to 13) in full for this machine, into _run/
 	@$(BIN)/python .ci/lesson.py $(LESSONS)
