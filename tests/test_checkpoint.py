@@ -543,8 +543,8 @@ OTHERS = {
     'items: 40 in the checkpoint, 39 here': dict(data=dict(n=39)),
     'shuffled: True in the checkpoint, False here': dict(data=dict(shuffle=False)),
     'optimizer: Adam in the checkpoint, AdamW here': dict(opt_func=optim.AdamW),
-    'lr of parameter group 0: 0.01 in the checkpoint, 0.02 here': dict(lr=.02),
-    'betas of parameter group 0': dict(opt_func=partial(optim.Adam, betas=(.8, .9))),
+    'lr: 0.01 in the checkpoint, 0.02 here': dict(lr=.02),
+    'betas: ': dict(opt_func=partial(optim.Adam, betas=(.8, .9))),
     'T_max of BatchSchedCB: 10 in the checkpoint, 20 here': dict(cbs=[cosine(20)]),
     'kind of BatchSchedCB: CosineAnnealingLR in the checkpoint, StepLR here': dict(cbs=[steps(3)]),
     "callbacks: \\['BatchSchedCB'\\] in the checkpoint, \\[\\] here": dict(cbs=[]),
@@ -744,3 +744,16 @@ def test_two_processes_go_on_with_their_own_random_numbers(tmp_path):
     assert res.returncode == 0, res.stderr[-3000:]
     assert len(list(tmp_path.glob('done*'))) == 2
     assert res.stdout.count('the fit goes on from there') == 1, 'one line, of the main process'
+
+def test_a_fit_that_was_completed_is_compared_too(tmp_path):
+    "A notebook whose fit was run twice, and then changed: nothing is passed over in silence"
+    def run(twice, n=2, lr=.01, loss=F.mse_loss, decay=.9):
+        x = torch.randn(16, 4)
+        dls = DataLoaders(TensorLoader(x, x.sum(1, keepdim=True), bs=8), [])
+        learn = Learner(net(), dls, loss, lr, [TrainCB(), EMACB(decay), CheckpointCB(tmp_path, resume=True)], optim.AdamW)
+        for _ in range(1+twice): learn.fit(n, valid=False)
+    run(True)
+    run(False) # the first of the two, again
+    for change,what in ((dict(n=5), 'epochs: 2'), (dict(lr=.1), 'lr: 0.01'), (dict(loss=F.l1_loss), 'loss: mse_loss'),
+                        (dict(decay=.5), 'decay of EMACB: 0.9')):
+        with pytest.raises(ValueError, match=what): run(False, **change)

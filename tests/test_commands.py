@@ -10,7 +10,7 @@ def sh(*args, cwd=ROOT, **env): return subprocess.run(args, cwd=cwd, text=True, 
 
 def test_make_alone_lists_every_command():
     out = sh('make').stdout
-    for target in 'help setup demo test lessons data bench docs lab edit export clean'.split():
+    for target in 'help setup demo test stress lessons data bench docs lab edit export clean'.split():
         assert re.search(rf'^make {target} +\S', out, re.M), target
 
 def script(path, body):
