@@ -8,7 +8,7 @@ __all__ = ['MixedPrecision', 'GradClipCB', 'GradAccumCB', 'AccelerateCB', 'Check
 
 # %% ../nbs/14_mixed_precision.ipynb #c4b38868
 import copy, warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np, torch
 from torch import nn
@@ -117,7 +117,7 @@ class GradAccumCB(Callback):
     def before_epoch(self, learn):
         if not learn.training: return
         if self.batches: learn.zero_grad() # a part of a group, left by an epoch that was cut short
-        self.last,self.items,self.batches = _length(learn.dl)-1,0,0
+        self.last,self.items,self.batches = _length(learn)-1,0,0
 
     def after_loss(self, learn):
         if not learn.training: return
@@ -136,9 +136,10 @@ class GradAccumCB(Callback):
         if learn.training and self.batches: warnings.warn(
             f'dls.train gave {learn.iter+1} batches, but has the length {self.last+1}: the last {self.batches} made no step')
 
-def _length(dl):
-    try: return len(dl)
-    except TypeError: raise ValueError('GradAccumCB needs to know which batch is the last: a dls.train that has a length') from None
+def _length(learn):
+    for dl in (learn.dl, learn.dls.train): # what was put around the second may have none
+        with suppress(TypeError): return len(dl)
+    raise ValueError('GradAccumCB needs to know which batch is the last: a dls.train that has a length')
 
 # %% ../nbs/14_mixed_precision.ipynb #7ea040ff
 class _Share(WrappedDL):

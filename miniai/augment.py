@@ -9,6 +9,8 @@ __all__ = ['CapturePreds', 'rand_erase', 'RandErase', 'rand_copy', 'RandCopy']
 # %% ../nbs/09_augment.ipynb #c924d025
 import math, random
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -17,7 +19,7 @@ from torch import nn
 
 from .activations import Hooks
 from .conv import first_tensor, map_tensors, unwrap_model
-from .datasets import show_images
+from .datasets import check_whole, show_images
 from .learner import Callback, CancelFitException, Learner, cb_list, n_items, split_batch, to_cpu
 
 # %% ../nbs/09_augment.ipynb #04e318ec
@@ -73,7 +75,9 @@ def summary(self:Learner):
     def look(hook, mod, inp, outp):
         flops[mod] += _layer_flops(mod, inp, outp)
         shapes[mod] = _shape(inp),_shape(outp)
-    aside = self.fit_aside(cb := _LookCB(look), valid=True, model=unwrap_model(self.model))
+    compiled = any(hasattr(m, '_orig_mod') for m in self.model.modules())
+    with torch.compiler.set_stance('force_eager') if compiled else nullcontext():
+        aside = self.fit_aside(cb := _LookCB(look), valid=True, model=unwrap_model(self.model))
     model = cb.model
     per_image = 1/(1e6*n_items(aside.batch))
     rows = ['|Module|Input|Output|Num params|MFLOPS|', '|--|--|--|--|--|']
@@ -93,12 +97,9 @@ def show_image_batch(self:Learner,
     **kwargs # passed on to `show_images`
 ) -> None:
     "Show images of a training batch as the model would be given them"
-    _check_max_n(max_n)
+    check_whole('max_n', max_n)
     aside = self.fit_aside([_StopCB('before_batch'), *cb_list(cbs)], train=True)
     show_images(to_cpu(first_tensor(aside.batch)[:max_n]), **kwargs)
-
-def _check_max_n(n):
-    if not isinstance(n, int) or n < 1: raise ValueError(f'max_n is a number of images, at least 1, not {n}')
 
 # %% ../nbs/09_augment.ipynb #9709cbd6
 def _join(*xs): return torch.cat(xs) if xs[0].ndim else torch.stack(xs)
@@ -108,13 +109,15 @@ def _join_rest(*xs):
     return [o for x in xs for o in x] if isinstance(xs[0], (list, tuple)) else list(xs)
 
 def _cat(xs, what):
+    rows = isinstance(xs[0], list) and all(isinstance(o, Mapping) for o in xs[0]) # one for each image, as detection has them
+    if rows and what != 'predictions': return [o for x in xs for o in x]
     try: return map_tensors(_join, *xs, rest=_join_rest)
     except (ValueError, RuntimeError, AttributeError) as e: raise ValueError(f'the {what} of all batches cannot be joined: {e}') from e
 
 # %% ../nbs/09_augment.ipynb #82e2fda4
 class CapturePreds(Callback):
     "Gathers inputs, predictions and targets of a fit on the CPU, as `all_inps`, `all_preds` and `all_targs`"
-    all_preds = None
+    all_preds,takes_part = None,False
     def before_fit(self, learn): self.all_inps,self.all_preds,self.all_targs = [],[],[]
     def after_batch(self, learn):
         inps,targs = split_batch(learn)
@@ -149,10 +152,13 @@ def _rand_box(x, pct):
     return ..., slice(top, top+bh), slice(left, left+bw)
 
 # %% ../nbs/09_augment.ipynb #bb45515d
-def _check_images(x, pct):
+def _check_boxes(pct, max_num):
+    if not 0 <= pct <= 1: raise ValueError(f'pct is a share of height and width, between 0 and 1, not {pct}')
+    check_whole('max_num', max_num, least=0)
+
+def _check_images(x):
     if x.ndim < 3: raise ValueError(f'expected images (n, c, h, w) or (c, h, w), not shape {tuple(x.shape)}')
     if not x.is_floating_point(): raise TypeError(f'expected images in floating point, not {x.dtype}')
-    if not 0 <= pct <= 1: raise ValueError(f'pct is a share of height and width, between 0 and 1, not {pct}')
 
 def rand_erase(
     x: torch.Tensor, # floating point (n, c, h, w) or (c, h, w)
@@ -160,7 +166,8 @@ def rand_erase(
     max_num: int=4 # 0 to so many rectangles, the same for all images of the batch
 ) -> torch.Tensor: # a changed copy
     "Random erasing (Zhong et al. 2020), with noise of the mean, the standard deviation and the range of `x`"
-    _check_images(x, pct)
+    _check_images(x)
+    _check_boxes(pct, max_num)
     x,stats = x.clone(),(x.mean(), x.std(), x.min(), x.max())
     for _ in range(random.randint(0, max_num)): _rand_erase1(x, pct, *stats)
     return x
@@ -169,6 +176,7 @@ def rand_erase(
 class _RandBoxes(nn.Module):
     def __init__(self, pct: float=0.2, max_num: int=4): # as `f` takes them
         super().__init__()
+        _check_boxes(pct, max_num)
         self.pct,self.max_num = pct,max_num
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.f(x, self.pct, self.max_num)
     def extra_repr(self) -> str: return f'pct={self.pct}, max_num={self.max_num}'
@@ -189,7 +197,8 @@ def rand_copy(
     max_num: int=4 # 0 to so many rectangles, the same for all images of the batch
 ) -> torch.Tensor: # a changed copy
     "Copy random rectangles of the images to another place of the same image: like `rand_erase`, with the image's own pixels"
-    _check_images(x, pct)
+    _check_images(x)
+    _check_boxes(pct, max_num)
     x = x.clone()
     for _ in range(random.randint(0, max_num)): _rand_copy1(x, pct)
     return x

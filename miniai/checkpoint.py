@@ -122,7 +122,7 @@ def _bytes(path, size=10**6):
 
 def _contents(path):
     "The files of a checkpoint by name: exactly those of its checksums.json. Sizes are looked at before anything is read"
-    found = {p.name: p for p in path.iterdir() if not p.name.startswith('.')}
+    found = {p.name: p for p in path.iterdir() if p.suffix in ('.safetensors', '.pt', '.json')} # a note of yours may lie there
     if no := {'model.safetensors', 'rest.pt', 'checksums.json'} - found.keys(): raise ValueError(f'it has no {" and no ".join(no)}')
     sums = json.loads(_bytes(found.pop('checksums.json')))
     _check_version(path, sums)
@@ -234,7 +234,10 @@ def _plan(learn):
 
 _VERSIONS = 'miniai', 'torch', 'numpy'
 def _matters(cb): return isinstance(cb, (BaseSchedCB, TrainCB)) or getattr(cb, 'takes_part', None)
-def _loaders(learn): return [learn.dls.train, getattr(learn.dls, 'valid', None)]
+def _loaders(learn):
+    "What may hold generators: the loaders, and what else has a part in a batch"
+    own = [cb for cb in learn.cbs if any(hasattr(cb, nm) for nm in ('before_batch', 'predict')) and not hasattr(cb, 'acc')]
+    return [learn.dls.train, getattr(learn.dls, 'valid', None), learn.loss_func, *own]
 def _text(v): return re.sub(' at 0x[0-9a-f]+', '', str(v.tolist() if isinstance(v, torch.Tensor) else _plain(v)))
 
 # %% ../nbs/20_checkpoints.ipynb #ckdataxx
@@ -256,12 +259,13 @@ def _optimizer_lines(opt):
     return lines
 
 def _settings(cb):
-    "What a callback that has a part in the training was made with, as far as it keeps numbers and words; of a schedule, its state"
+    "The numbers that one of our callbacks with a part in the training was made with; of a schedule, its state"
     if isinstance(cb, BaseSchedCB):
         return dict(kind=type(cb.schedo).__name__) | {k: v for k,v in cb.state_dict().items() if k[0] != '_' and k != 'base_lrs'}
-    if not any(hasattr(cb, nm) for nm in ('predict', 'before_batch', 'after_loss', 'after_backward', 'after_step')): return {}
+    ours = type(cb).__module__.startswith('miniai.') # the numbers of others may move
+    if not ours or not any(hasattr(cb, nm) for nm in ('predict', 'after_loss', 'after_backward', 'after_step')): return {}
     kept = {k: getattr(cb, k, None) for k in inspect.signature(type(cb).__init__).parameters}
-    return {k: v for k,v in kept.items() if isinstance(v, (int, float, str))}
+    return {k: v for k,v in kept.items() if isinstance(v, (int, float))}
 
 def _version(nm):
     try: return metadata.version(nm)
@@ -276,8 +280,9 @@ def _check_same(path, was, now, completed=False):
     "Refuse to go on with another fit, by all that differs. More epochs are welcome until it is completed; other versions get a warning"
     def odd(keys): return [k for k in keys if was.get(k) != now.get(k)]
     def lines(keys): return [f'{k}: {was.get(k, "nothing")[:60]} in the checkpoint, {now.get(k, "nothing")[:60]} here' for k in keys]
+    if loss := odd(['loss']): warnings.warn(f'{path} is of a fit with another loss, it seems ({lines(loss)[0]})')
     if new := odd(_VERSIONS): warnings.warn(f'{path} is of other versions ({"; ".join(lines(new))}): numbers may differ a little')
-    differ = odd([k for k in was | now if k not in _VERSIONS and (not new or k in was and k in now)])
+    differ = odd([k for k in was | now if k not in (*_VERSIONS, 'loss') and (not new or k in was and k in now)])
     if not set(differ) - (set() if completed else {'epochs'}): return
     more = [f'and {len(differ)-8} more'] if len(differ) > 8 else []
     raise ValueError('\n'.join([f'{path} is of another fit than this one:', *lines(differ[:8]), *more,
@@ -310,7 +315,7 @@ def _check_args(folder, every, keep, resume):
     if not isinstance(folder, (str, os.PathLike)) or not str(folder): raise TypeError(f'folder is the path of a folder, not {folder!r}')
     for nm,n in dict(keep=keep, every=1 if every is None else every).items():
         if not hasattr(n, '__index__') or isinstance(n, bool) or n < 1: raise ValueError(f'{nm} is a whole number, at least 1, not {n!r}')
-    if not isinstance(resume, bool): raise TypeError(f'resume is True or False, not {resume!r}: the checkpoints are in folder')
+    if not isinstance(resume, (bool, np.bool_)): raise TypeError(f'resume is True or False, not {resume!r}: the checkpoints are in folder')
 
 def _check_states(learn):
     "What cannot be written is found before the first batch"
@@ -419,12 +424,21 @@ def _restore(self:CheckpointCB, learn, weights, rest, completed=False):
     mine,model = rest['ranks'][_place()[0]],unwrap_model(learn.model)
     if completed and not _same_shapes(model.state_dict(), weights['model']): return # it was changed after that fit
     model.load_state_dict(weights['model'])
-    if not completed: learn.opt.load_state_dict(rest['opt'])
+    if not completed: _load_optimizer(learn.opt, rest['opt'])
     for k,cb in _stateful(learn.cbs).items():
         if k in weights or (k in mine['callbacks'] and not completed):
             cb.load_state_dict(mine['callbacks'][k] | (dict(weights=weights[k]) if k in weights else {}))
     if not completed: _set_random_state(mine['now'], *_loaders(learn))
     return mine
+
+def _load_optimizer(opt, state):
+    "Into the parameter groups that are there, which others may hold"
+    held = list(getattr(opt, 'param_groups', []))
+    opt.load_state_dict(state)
+    for group,new in zip(held, list(getattr(opt, 'param_groups', []))):
+        group.clear()
+        group.update(new)
+    if held: opt.param_groups[:] = held
 
 def _same_shapes(a, b): return {k: o.shape for k,o in a.items()} == {k: o.shape for k,o in b.items()}
 
@@ -480,4 +494,7 @@ def _told(path, learn, rest):
              'No longer there': [k for k in had if k not in now]}
     return '. '.join([f'{path} is from after {where}, and {goes}', *(f'{k}: {", ".join(v)}' for k,v in lists.items() if v)])
 
-def _keeps(cb): return type(cb).__name__[0] != '_' and (hasattr(cb, 'after_batch') or hasattr(cb, 'after_epoch'))
+def _keeps(cb):
+    if type(cb).__name__[0] == '_': return False
+    events = ['after_batch', 'after_epoch'] + ([] if type(cb).__module__.startswith('miniai.') else ['before_batch'])
+    return any(hasattr(cb, nm) for nm in events)

@@ -142,7 +142,7 @@ def _fit_shape(x, shape, pad):
 def _check_range(seen):
     "An error if samples cannot be what they were said to be; a warning if some are far from it"
     (lo,hi),a,b = seen.said,seen.min,seen.max
-    as_bytes = a > -.1 and b > hi+seen.slack and (seen.whole or 50 < b < 256)
+    as_bytes = a > -.1 and b < 256 and (b > 250 or seen.whole and b > max(hi+seen.slack, 2.5))
     above = a > -.1 and lo+seen.slack < 0 and b < 1.25 and b-a > .5 # nothing below 0 in any of them
     run = f'run from {a:.2f} to {b:.2f}, not from {lo:g} to {hi:g}'
     say = 'Say which value is black in them, ImageEval(…, lo=0) or lo=-1'

@@ -9,7 +9,7 @@ __all__ = ['Callback', 'run_cbs', 'CancelFitException', 'CancelEpochException', 
            'ProgressCB', 'TrainLearner', 'MomentumLearner', 'LRFinderCB']
 
 # %% ../nbs/04_learner.ipynb #397592ad
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -23,6 +23,7 @@ from fastcore.basics import listify, patch
 from torch import nn, optim
 
 from .conv import def_device, first_tensor, map_tensors, mode_kept, to_device
+from .datasets import check_whole
 
 # %% ../nbs/04_learner.ipynb #dc4bbf66
 class Callback:
@@ -129,8 +130,7 @@ def n_items(x) -> int:
 class TrainCB(Callback):
     "The steps of ordinary training: the first `n_inp` parts of the batch go into the model, the others to the loss"
     def __init__(self, n_inp: int=1):
-        if not isinstance(n_inp, int) or n_inp < 1: raise TypeError(f'n_inp is a number of parts of the batch, at least 1, not {n_inp!r}')
-        self.n_inp = n_inp
+        self.n_inp = check_whole('n_inp, the number of parts of the batch that go into the model,', n_inp)
     def predict(self, learn): learn.preds = learn.model(*batch_parts(learn.batch)[:self.n_inp])
     def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *batch_parts(learn.batch)[self.n_inp:])
     def backward(self, learn): learn.loss.backward()
@@ -244,7 +244,7 @@ class Learner:
     @with_cbs('fit')
     def _fit(self, train, valid):
         for self.epoch in self.epochs:
-            if train: self.one_epoch(True)
+            if train: torch.enable_grad()(self.one_epoch)(True)
             if valid: torch.no_grad()(self.one_epoch)(False)
 
     def one_epoch(self, training: bool) -> None:
@@ -293,10 +293,11 @@ def _check_fit(learn, n_epochs, train, valid, lr):
     if isinstance(dls, tuple) and dls == (0,): raise ValueError('this Learner has no data: give it dls=DataLoaders(train, valid)')
     if not hasattr(dls, 'train'):
         raise ValueError(f'dls is a {type(dls).__name__} without train and valid: wrap the two loaders, DataLoaders(train, valid)')
-    if not hasattr(n_epochs, '__index__') or n_epochs < 0: raise TypeError(f'n_epochs is a number of epochs, such as 3, not {n_epochs!r}')
+    if not hasattr(n_epochs, '__index__') or n_epochs < 0:
+        raise TypeError(f'n_epochs is a number of epochs, such as 3, not {n_epochs!r}')
     for nm,o in dict(train=train, valid=valid).items():
-        if not isinstance(o, int): raise TypeError(f'{nm} is True or False, not {o!r} (a learning rate is given by name: lr=0.01)')
-    if lr is not None and not hasattr(lr, '__float__'): raise TypeError(f'lr is a number, not {lr!r}')
+        if not isinstance(o, (int, np.bool_)): raise TypeError(f'{nm} is True or False, not {o!r} (a rate is given by name: lr=0.01)')
+    if isinstance(lr, str): raise TypeError(f'lr is a number, not {lr!r}')
     if sum(o['self'] is learn for o in _under_way(Learner.fit)) > 1: # one is the fit that asks
         raise RuntimeError('this Learner is in the middle of a fit, and another would take its optimizer and its place in the loop away: '
                            'fit_aside (or lr_find, capture_preds, ... which use it) works on a copy')
@@ -365,7 +366,7 @@ class Mean:
         weight: float=1
     ) -> None:
         "Take `val` in, with `weight`"
-        val = torch.as_tensor(val).detach()
+        val = _tensor(val).detach()
         self._new.append((val.float().mean() if val.ndim else val, weight))
         if len(self._new) == 1000: self.add_up()
 
@@ -386,6 +387,10 @@ class Mean:
         return dict(total=to_cpu(self.total), weights=self.weights)
     def load_state_dict(self, state: dict) -> None: self.total,self.weights,self._new = state['total'],state['weights'],[]
 
+def _tensor(val):
+    try: return torch.as_tensor(val)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(f'the mean is one of numbers, but this is {_named(val)}') from None
+
 # %% ../nbs/04_learner.ipynb #d60845a1
 class FuncMetric:
     "The mean of `f(preds, targets)`, a number or a dict of numbers, over the batches, weighted by their size"
@@ -396,7 +401,9 @@ class FuncMetric:
     def reset(self) -> None: self.means = defaultdict(Mean)
     def update(self, preds, targs) -> None:
         val = self.f(preds, targs)
-        for k,v in (val.items() if isinstance(val, Mapping) else [(None, val)]): self.means[k].update(v, weight=n_items(targs))
+        for k,v in (val.items() if isinstance(val, Mapping) else [(None, val)]):
+            try: self.means[k].update(v, weight=n_items(targs))
+            except TypeError as e: raise TypeError(f'the metric {getattr(self.f, "__name__", self.f)} should return numbers: {e}') from None
     def compute(self) -> torch.Tensor|dict:
         vals = {k: m.compute() for k,m in self.means.items()} or {None: torch.tensor(math.nan)}
         return vals.get(None, vals)
@@ -409,6 +416,7 @@ class FuncMetric:
 # %% ../nbs/04_learner.ipynb #06aadc69
 class MetricsCB(Callback):
     "Metrics over each epoch, and the loss: objects with `update`, `compute` and `reset`, or functions of (preds, targets)"
+    takes_part = False
     device,begun = None,False # where the metrics are; have they begun this epoch?
     def __init__(self, *ms, **metrics):
         named = [(getattr(m, '__name__', type(m).__name__), m) for m in ms] + list(metrics.items())
@@ -445,7 +453,9 @@ class MetricsCB(Callback):
         row = {}
         for k,m in self.all_metrics.items():
             val = m.compute()
-            for sub,v in (val.items() if isinstance(val, Mapping) else [(k, val)]): row[f'{k}.{sub}' if sub in row else sub] = _fmt(v)
+            for sub,v in (val.items() if isinstance(val, Mapping) else [(k, val)]):
+                taken = sub != k and sub in (*row, *self.all_metrics, *_COLUMNS)
+                row[f'{k}.{sub}' if taken else sub] = _fmt(v)
         return row
 
     def state_dict(self) -> dict: return dict(begun=self.begun, metrics={k: _state(m) for k,m in self.all_metrics.items()})
@@ -457,13 +467,15 @@ class MetricsCB(Callback):
             if self.begun: _set_state(self.all_metrics[k], v)
 
 # %% ../nbs/04_learner.ipynb #7432410a
+_COLUMNS = 'epoch', 'train', 'loss'
+
 def _check_metrics(named):
     names = [k for k,_ in named]
     for k,m in named:
         if isinstance(m, type): raise TypeError(f'{m.__name__} is a class, not a metric: write {m.__name__}(...)')
         if not callable(m) and not hasattr(m, 'compute'):
             raise TypeError(f'a metric is a function of (preds, targets), or an object with update, compute and reset, not {_named(m)}')
-        if k == 'loss': raise ValueError('the loss is shown in any case: give your metric another name, MetricsCB(my_loss=...)')
+        if k in _COLUMNS: raise ValueError(f'there is a column {k} in any case: give your metric another name, MetricsCB(my_{k}=...)')
         if names.count(k) > 1: raise ValueError(f'there are two metrics of the name {k}: name them, MetricsCB(first=..., second=...)')
 
 def _target(learn):
@@ -528,7 +540,7 @@ def _some(dl, training):
 # %% ../nbs/04_learner.ipynb #d8d6106e
 class ProgressCB(Callback):
     "Progress bars and a table of metrics, and with `plot` a live curve of the loss in a notebook; text elsewhere"
-    order,main_only = MetricsCB.order+1,True
+    order,main_only,takes_part = MetricsCB.order+1,True,False
     plot_every = 1. # seconds between two drawings of the curve, or more: a twentieth of the time is enough for them
     def __init__(self, plot: bool=False): self.plot = plot
 
@@ -537,6 +549,7 @@ class ProgressCB(Callback):
         learn.epochs = self.mbar = master_bar(learn.epochs)
         self.first,self.next = True,time.monotonic()+self.plot_every
         self.losses,self.val_losses,self.val_steps,self._new = [],[],[],[]
+        if not hasattr(learn, 'metrics') and (ms := [cb for cb in learn.cbs if isinstance(cb, MetricsCB)]): learn.metrics = ms[0]
         if hasattr(learn, 'metrics'): learn.metrics._log = self._log
 
     def _log(self, d):
@@ -616,15 +629,38 @@ class MomentumLearner(TrainLearner):
 # %% ../nbs/04_learner.ipynb #46258982
 _PART = *_STEPS, 'before_batch', 'after_predict', 'after_loss', 'after_backward'
 
-def _take_part(cbs):
-    asking = [getattr(o['method'], '__self__', None) for o in _under_way(_call) if 'method' in o]
-    return [cb for cb in cbs if (any(hasattr(cb, nm) for nm in _PART) if cb.takes_part is None else cb.takes_part)
-            and not any(cb is o for o in asking)] # a callback from which the helper was called would call it again
+def _takes_part(cb): return any(hasattr(cb, nm) for nm in _PART) if cb.takes_part is None else cb.takes_part
+
+def _own(x):
+    "Containers that are not shared, with what is in them as it is"
+    if isinstance(x, dict):
+        (res := copy.copy(x)).update({k: _own(o) for k,o in x.items()})
+        return res
+    if type(x) in (list, deque): return type(x)(map(_own, x))
+    return set(x) if type(x) is set else x
 
 def _twin(x):
-    "A copy with lists, sets and dicts of its own, so that what is added to them is not added to the original's"
+    "A copy with containers of its own, so that what is added to them is not added to the original's"
     res = copy.copy(x)
-    vars(res).update({k: copy.copy(v) for k,v in vars(x).items() if type(v) in (list, set, dict)})
+    vars(res).update({k: _own(o) for k,o in vars(x).items()})
+    return res
+
+def _twins(cbs):
+    "Copies of those that take part; one that asks for this within an event is without that event, or it would ask again"
+    asking = [o['method'] for o in _under_way(_call) if 'method' in o]
+    return [_without(_twin(cb), cb, [m for m in asking if getattr(m, '__self__', None) is cb]) for cb in cbs if _takes_part(cb)]
+
+def _without(twin, cb, methods):
+    for m in methods: vars(twin).update({m.__name__: None} | {k: None for k,o in vars(cb).items() if callable(o) and o == m})
+    return twin
+
+def _loaders_apart(dls):
+    "Loaders whose workers are at work lend nothing: a second pass through the same workers would end the first"
+    res = copy.copy(dls)
+    for nm in ('train', 'valid'):
+        if getattr(getattr(dls, nm, None), '_iterator', None) is None: continue
+        setattr(res, nm, copy.copy(getattr(dls, nm)))
+        getattr(res, nm)._iterator = None
     return res
 
 @contextmanager
@@ -646,11 +682,11 @@ def fit_aside(self:Learner,
 ) -> Learner: # the copy, with the batch, predictions and so on that it ended with
     "Run the loop for a helper's own sake, on a copy with those callbacks that take part in what is computed; also within a fit"
     learn = _twin(self)
-    learn.cbs = [_twin(cb) for cb in _take_part(self.cbs)] + cb_list(cbs)
-    learn.opt_func,learn._found = opt_func,None
+    learn.cbs = _twins(self.cbs) + cb_list(cbs)
+    learn.opt_func,learn._found,learn.dls = opt_func,None,_loaders_apart(self.dls)
     if model is not None: learn.model = model
     vars(learn).pop('metrics', None)
-    with mode_kept(self.model), torch.enable_grad(), _random_kept(self): learn.fit(n_epochs, train, valid, lr=lr)
+    with mode_kept(self.model), _random_kept(self): learn.fit(n_epochs, train, valid, lr=lr)
     return learn
 
 # %% ../nbs/04_learner.ipynb #6a8bdeea
@@ -695,8 +731,14 @@ def lr_find(self:Learner,
 ) -> None:
     "Plot the loss against the learning rate, by `fit_aside`; the model's weights are as before afterwards"
     if not start_lr > 0: raise ValueError(f'start_lr must be above 0, or it never grows, not {start_lr}')
-    weights,grads = copy.deepcopy(self.model.state_dict()),[(p, p.grad) for p in self.model.parameters()]
-    try: self.fit_aside(LRFinderCB(gamma, max_mult), max_epochs, train=True, opt_func=self.opt_func, lr=start_lr)
+    kept,opt_func = {},self.opt_func
+    def keep(tensors): kept.update({id(o): (o, o.detach().clone(), o.grad) for o in tensors if id(o) not in kept})
+    def keeping(params, lr):
+        opt = opt_func(params, lr)
+        keep(p for group in getattr(opt, 'param_groups', []) for p in group['params']) # of the loss, for example
+        return opt
+    keep([*self.model.parameters(), *self.model.buffers()])
+    try: self.fit_aside(LRFinderCB(gamma, max_mult), max_epochs, train=True, opt_func=keeping, lr=start_lr)
     finally:
-        self.model.load_state_dict(weights)
-        for p,g in grads: p.grad = g
+        with torch.no_grad():
+            for o,was,grad in kept.values(): o.copy_(was); o.grad = grad

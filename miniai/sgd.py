@@ -161,7 +161,7 @@ class HasLearnCB(Callback):
 # %% ../nbs/07_sgd.ipynb #ca831810
 class RecorderCB(Callback):
     "After each training batch, record `f(self)` for each `name=f`; `self.pg` is the optimizer's first parameter group"
-    opt = None
+    opt,takes_part = None,False
     def __init__(self, **d):
         for k,f in d.items():
             if not callable(f): raise TypeError(f'{k} has to be a function of this callback, such as lambda cb: cb.pg["lr"], not {f!r}')
@@ -188,13 +188,19 @@ class RecorderCB(Callback):
             ax.plot(to_cpu(v)); ax.set_xlabel('step'); ax.set_ylabel(k)
 
     def state_dict(self) -> dict: return dict(recs={k: o for k,v in self.recs.items() if (o := _plain_series(k, v)) is not None})
-    def load_state_dict(self, state: dict) -> None: self.recs = {k: list(v) for k,v in state['recs'].items()}
+    def load_state_dict(self, state: dict) -> None:
+        _check_series(list(state['recs']), self.d)
+        self.recs = {k: list(v) for k,v in state['recs'].items()}
 
 def _groups(opt):
     if not hasattr(opt, 'param_groups'):
         raise ValueError(f'pg is a parameter group of the optimizer, but {type(opt).__name__} has none (no param_groups): '
                          'record something else, or use one of PyTorch\'s')
     return opt.param_groups
+
+def _check_series(was, now):
+    if not set(was) <= set(now): raise ValueError(f'the checkpoint has the series {was}, but this RecorderCB records {list(now)}: '
+                                                  'several of them have to stand in the same order')
 
 # %% ../nbs/07_sgd.ipynb #fa6e7a59
 def _plain(o):

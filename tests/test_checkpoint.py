@@ -15,6 +15,7 @@ from miniai.activations import set_seed
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders, TensorLoader
 from miniai.ema import EMACB
+from miniai.init import BatchTransformCB
 from miniai.learner import Callback, CancelEpochException, CancelFitException, Learner, MetricsCB, TrainCB
 from miniai.sgd import BatchSchedCB, EpochSchedCB, RecorderCB
 
@@ -754,6 +755,30 @@ def test_a_fit_that_was_completed_is_compared_too(tmp_path):
         for _ in range(1+twice): learn.fit(n, valid=False)
     run(True)
     run(False) # the first of the two, again
-    for change,what in ((dict(n=5), 'epochs: 2'), (dict(lr=.1), 'lr: 0.01'), (dict(loss=F.l1_loss), 'loss: mse_loss'),
-                        (dict(decay=.5), 'decay of EMACB: 0.9')):
+    for change,what in ((dict(n=5), 'epochs: 2'), (dict(lr=.1), 'lr: 0.01'), (dict(decay=.5), 'decay of EMACB: 0.9')):
         with pytest.raises(ValueError, match=what): run(False, **change)
+    with pytest.warns(UserWarning, match='another loss'): run(False, loss=F.l1_loss)
+
+def test_who_holds_a_parameter_group_holds_that_of_the_optimizer(tmp_path):
+    "As the lesson's recorder does, and a schedule by hand"
+    class Own(Callback):
+        def before_fit(self, learn): self.pg,self.lrs = learn.opt.param_groups[0],[]
+        def before_batch(self, learn):
+            if learn.training: self.lrs.append(self.pg['lr']); assert self.pg is learn.opt.param_groups[0]
+    whole = fit(own := Own())
+    fit(CheckpointCB(tmp_path, every=1), Own(), PowerCut(5))
+    assert torch.equal(fit(CheckpointCB(tmp_path, resume=True), again := Own()), whole) and again.lrs == own.lrs[5:]
+
+def test_a_note_in_a_checkpoint_does_no_harm(tmp_path):
+    whole = fit()
+    fit(CheckpointCB(tmp_path, every=2), PowerCut(6))
+    (max(tmp_path.glob('step-*'))/'notes.txt').write_text('this one looks good')
+    assert torch.equal(fit(CheckpointCB(tmp_path, resume=True)), whole)
+
+def test_a_generator_of_a_transform_goes_on(tmp_path):
+    def noisy():
+        gen = torch.Generator().manual_seed(1)
+        return BatchTransformCB(lambda b: (b[0] + torch.rand(b[0].shape, generator=gen), b[1]))
+    whole = fit(noisy())
+    fit(noisy(), CheckpointCB(tmp_path, every=1), PowerCut(5))
+    assert torch.equal(fit(noisy(), CheckpointCB(tmp_path, resume=True)), whole)

@@ -253,7 +253,7 @@ def test_the_pixels_are_looked_at_once_a_fit(monkeypatch):
 
 @pytest.mark.parametrize('bad, message', [
     (dict(n_steps=Schedule.linear(3)), 'passed as sched='), (dict(n_steps=2.5), 'n_steps must be a whole number, not 2.5'),
-    (dict(n_steps=True), 'whole number'), (dict(sched=torch.linspace(.1, .2, 5)), 'needs a Schedule, .* not a Tensor'),
+    (dict(sched=torch.linspace(.1, .2, 5)), 'needs a Schedule, .* not a Tensor'),
     (dict(sched=10), 'not 10'), (dict(sched=Schedule), 'not the class Schedule')])
 def test_what_is_no_schedule(bad, message):
     with pytest.raises(TypeError, match=message): DDPMCB(**bad)

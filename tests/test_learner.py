@@ -1,5 +1,6 @@
 "The Learner's contract: events and their order, cancelling, steps, metrics, progress"
 import copy, gc, inspect, math, signal, threading, weakref
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -363,6 +364,72 @@ def test_metrics_that_changed_in_the_middle_of_an_epoch_are_named():
     with pytest.raises(ValueError, match=r"sums of the metrics \['accuracy', 'loss'\]"):
         MetricsCB(mae=MeanAbsoluteError()).load_state_dict(state | dict(begun=True))
 
+def test_a_callback_that_supplies_steps_may_ask_for_help(model, dls):
+    import miniai.augment # noqa: F401
+    class Mine(TrainCB):
+        def after_epoch(self, learn): seen.append(len(learn.capture_preds()[0]))
+    seen = []
+    Learner(model, dls, cbs=Mine()).fit(1)
+    assert seen == [69, 69]
+
+def test_containers_of_any_kind_are_left_as_they_were(model, dls):
+    import miniai.augment # noqa: F401
+    class Keeps(Callback):
+        def before_fit(self, learn): self.a,self.b,self.c = defaultdict(list),deque(),dict(x=[])
+        def before_batch(self, learn): self.a['x'].append(1); self.b.append(1); self.c['x'].append(1)
+    learn = TrainLearner(model, dls, cbs=(cb := Keeps()))
+    learn.fit(1)
+    learn.capture_preds(); learn.lr_find()
+    assert len(cb.a['x']) == len(cb.b) == len(cb.c['x']) == 16
+
+def test_metrics_with_a_part_in_the_batch_stay_out_of_it(model, dls, capsys):
+    import miniai.augment # noqa: F401
+    class Timed(MetricsCB):
+        def before_batch(self, learn): self.t = 1
+    class Look(Callback):
+        order = 5
+        def after_batch(self, learn):
+            if learn.training and learn.iter == 3: learn.capture_preds()
+    TrainLearner(model, dls, cbs=[metrics := Timed(), Look()]).fit(1, valid=False)
+    metrics.loss.add_up()
+    assert metrics.loss.weights == 83 and capsys.readouterr().out.count('epoch') == 1
+
+def test_a_helper_leaves_workers_that_are_at_work(model):
+    import miniai.augment # noqa: F401
+    from torch.utils.data import DataLoader, TensorDataset
+    x = torch.arange(40.)[:,None].repeat(1, 4)
+    train = DataLoader(TensorDataset(x, x[:,:1]), 8, shuffle=True, num_workers=1, persistent_workers=True)
+    seen = []
+    class Look(Callback):
+        def after_batch(self, learn):
+            seen.extend(learn.batch[1].flatten().tolist())
+            if learn.iter == 1: learn.show_image_batch(max_n=1); plt.close()
+    def pictures(b): return b[0].view(-1, 1, 2, 2),b[1]
+    from miniai.init import BatchTransformCB
+    cbs = [TrainCB(), BatchTransformCB(pictures), Look()]
+    Learner(nn.Sequential(nn.Flatten(), model), DataLoaders(train, []), lr=1e-6, cbs=cbs).fit(2, valid=False)
+    assert sorted(seen) == sorted([float(i) for i in range(40)]*2)
+
+def test_lr_find_puts_back_what_the_optimizer_has_besides_the_model(model, dls):
+    scale = nn.Parameter(torch.ones(3))
+    model.register_buffer('seen', torch.zeros(1), persistent=False)
+    def opt_func(params, lr): return optim.SGD([*params, scale], lr=lr)
+    def loss(p, y): model.seen.add_(1); return F.mse_loss(p*scale.sum(), y)
+    Learner(model, dls, loss, cbs=TrainCB(), opt_func=opt_func).lr_find()
+    assert scale.eq(1).all() and model.seen.item() == 0
+
+def test_another_learner_may_train_in_an_evaluation(model, dls):
+    other = TrainLearner(nn.Linear(4, 1), dls)
+    class Both(Callback):
+        def after_epoch(self, learn): other.fit(1)
+    TrainLearner(model, dls, cbs=Both()).fit(1)
+
+def test_progress_finds_metrics_that_began_in_their_own_way(model, dls):
+    class Mine(MetricsCB):
+        def before_fit(self, learn): pass
+    TrainLearner(model, dls, cbs=[Mine(), prog := ProgressCB(plot=True)]).fit(2)
+    assert len(prog.val_losses) == 2
+
 def test_what_takes_part(model, dls):
     class Marked(Watch): takes_part = True
     class Not(Counts): takes_part = False
@@ -533,11 +600,22 @@ def test_metrics_may_return_any_numbers(classes, kind, as_dict, capsys):
     assert float(got['share'] if as_dict else got) == pytest.approx(right)
     assert (f"'share': '{right:.3f}', 'two': '2.000'" if as_dict else f"'it': '{right:.3f}'") in capsys.readouterr().out
 
+def test_names_within_a_metric_do_not_take_those_of_others(classes, capsys):
+    metrics = MetricsCB(d=lambda p,y: dict(loss=1., epoch=2, acc=7.))
+    Learner(nn.Linear(4, 3), classes, F.cross_entropy, cbs=[TrainCB(), metrics]).fit(1, train=False)
+    assert "'d.loss': '1.000', 'd.epoch': '2.000', 'acc': '7.000', 'loss': '" in capsys.readouterr().out
+
+def test_a_metric_that_gives_no_number_is_named(classes):
+    def share(p, y): return None
+    with pytest.raises(TypeError, match='metric share should return numbers: .* this is None'):
+        Learner(nn.Linear(4, 3), classes, F.cross_entropy, cbs=[TrainCB(), MetricsCB(share)]).fit(1)
+
 def test_metrics_of_one_name_and_others_that_would_be_lost():
     twice = ([accuracy]*2, {}),([MeanAbsoluteError()]*2, {}),([accuracy], dict(accuracy=accuracy)),([lambda p,y: 1, lambda p,y: 2], {})
     for ms,kw in twice:
         with pytest.raises(ValueError, match='two metrics of the name'): MetricsCB(*ms, **kw)
-    with pytest.raises(ValueError, match='another name'): MetricsCB(loss=accuracy)
+    for k in ('loss', 'epoch', 'train'):
+        with pytest.raises(ValueError, match='another name'): MetricsCB(**{k: accuracy})
     for bad in (3, None, 'acc'):
         with pytest.raises(TypeError, match='a metric is a function'): MetricsCB(acc=bad)
 
@@ -607,7 +685,7 @@ def test_what_a_careful_person_gets_wrong_is_said_where_it_is_given(model, dls):
     for bad in (1.5, None, math.nan, -1, '3'):
         with pytest.raises(TypeError, match='n_epochs'): TrainLearner(model, dls).fit(bad)
     for bad in (0, 'bf16', 1.5):
-        with pytest.raises(TypeError, match='n_inp'): TrainCB(bad)
+        with pytest.raises((TypeError, ValueError), match='n_inp'): TrainCB(bad)
     with pytest.raises(ValueError, match='mom is the share'): MomentumLearner(model, dls, F.mse_loss, mom=5)
     TrainLearner(model, dls).fit(np.int64(1))
     for bad in ((1, .01), (1, True, .1), (1, None)): # as fastai has it
