@@ -612,7 +612,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'miniai.learner._twin': ('learner.html#_twin', 'miniai/learner.py'),
                                 'miniai.learner._twins': ('learner.html#_twins', 'miniai/learner.py'),
                                 'miniai.learner._under_way': ('learner.html#_under_way', 'miniai/learner.py'),
-                                'miniai.learner._without': ('learner.html#_without', 'miniai/learner.py'),
                                 'miniai.learner.batch_parts': ('learner.html#batch_parts', 'miniai/learner.py'),
                                 'miniai.learner.cb_list': ('learner.html#cb_list', 'miniai/learner.py'),
                                 'miniai.learner.find_cbs': ('learner.html#find_cbs', 'miniai/learner.py'),

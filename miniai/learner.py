@@ -645,14 +645,16 @@ def _twin(x):
     vars(res).update({k: _own(o) for k,o in vars(x).items()})
     return res
 
-def _twins(cbs):
-    "Copies of those that take part; one that asks for this within an event is without that event, or it would ask again"
-    asking = [o['method'] for o in _under_way(_call) if 'method' in o]
-    return [_without(_twin(cb), cb, [m for m in asking if getattr(m, '__self__', None) is cb]) for cb in cbs if _takes_part(cb)]
+_WATCH = 'after_step', 'after_batch', 'after_epoch', 'after_fit'
 
-def _without(twin, cb, methods):
-    for m in methods: vars(twin).update({m.__name__: None} | {k: None for k,o in vars(cb).items() if callable(o) and o == m})
-    return twin
+def _twins(cbs):
+    "Copies of those that take part. One that asks for this, within an event, does without that event, or it would ask again"
+    asking,twins = [o['method'] for o in _under_way(_call) if 'method' in o],[]
+    for cb in filter(_takes_part, cbs):
+        events = [nm for nm in dir(cb) if nm.startswith(('before_', 'after_', *_STEPS)) and callable(m := getattr(cb, nm)) and m in asking]
+        twins.append(twin := _twin(cb))
+        vars(twin).update(dict.fromkeys((*events, *_WATCH) if events else ()))
+    return twins
 
 def _loaders_apart(dls):
     "Loaders whose workers are at work lend nothing: a second pass through the same workers would end the first"

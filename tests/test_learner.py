@@ -371,6 +371,15 @@ def test_a_callback_that_supplies_steps_may_ask_for_help(model, dls):
     seen = []
     Learner(model, dls, cbs=Mine()).fit(1)
     assert seen == [69, 69]
+    class Alias(Callback):
+        def ask(self, learn): seen.append(len(learn.capture_preds()[0]))
+        after_loss = after_epoch = ask
+    own = Callback()
+    own.after_backward = lambda learn: seen.append(len(learn.capture_preds()[0]))
+    for cb,n in ((Alias(), 16+2), (own, 11)):
+        seen.clear()
+        TrainLearner(model, dls, cbs=cb).fit(1)
+        assert seen == [69]*n
 
 def test_containers_of_any_kind_are_left_as_they_were(model, dls):
     import miniai.augment # noqa: F401
