@@ -356,6 +356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'miniai.ema.EMACB._begin': ('averages.html#emacb._begin', 'miniai/ema.py'),
                             'miniai.ema.EMACB.after_batch': ('averages.html#emacb.after_batch', 'miniai/ema.py'),
                             'miniai.ema.EMACB.after_step': ('averages.html#emacb.after_step', 'miniai/ema.py'),
+                            'miniai.ema.EMACB.avg': ('averages.html#emacb.avg', 'miniai/ema.py'),
                             'miniai.ema.EMACB.before_epoch': ('averages.html#emacb.before_epoch', 'miniai/ema.py'),
                             'miniai.ema.EMACB.before_fit': ('averages.html#emacb.before_fit', 'miniai/ema.py'),
                             'miniai.ema.EMACB.cleanup_epoch': ('averages.html#emacb.cleanup_epoch', 'miniai/ema.py'),

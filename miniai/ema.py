@@ -33,6 +33,9 @@ class EMACB(Callback):
         if self._model is None: raise ValueError('there are no averages yet: fit with this callback first')
         return self._model
 
+    @property
+    def avg(self) -> dict: return _tensors(self.model) # the averages, and the model's buffers, by name
+
     def before_fit(self, learn): self.begun,self.was = False,learn.model
 
     def before_epoch(self, learn):
@@ -62,10 +65,10 @@ class EMACB(Callback):
         if learn.model is self._model: learn.model = self.was # cleanup_epoch itself was interrupted
         self.was = None
 
-    def state_dict(self) -> dict: return dict(n=self.n, weights=_tensors(self.model))
+    def state_dict(self) -> dict: return dict(n=self.n, weights=self.avg)
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for k,o in _tensors(self.model).items():
+        for k,o in self.avg.items():
             w = state['weights'][k]
             if o.shape != w.shape: o.data = o.new_empty(w.shape)
             o.copy_(w)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import miniai.accel, miniai.augment, miniai.checkpoint, miniai.ema
+from helpers import HandSGD
 from miniai.accel import AccelerateCB, GradAccumCB, GradClipCB, MixedPrecision
 from miniai.datasets import DataLoaders
 from miniai.ema import EMACB
@@ -405,24 +406,15 @@ def test_shares_of_batches_of_every_kind():
     assert len(share) == 4 and share.bs == 7
     for b in share: assert share.weight == 1
 
-class ByHand:
-    "An optimizer of one's own: only a step and a zero_grad, which has to find gradients"
-    def __init__(self, params, lr): self.params,self.lr = list(params),lr
-    def step(self):
-        with torch.no_grad():
-            for p in self.params: p -= self.lr*p.grad
-    def zero_grad(self):
-        for p in self.params: p.grad.zero_()
-
 @pytest.mark.parametrize('engine', [TrainCB, *ENGINES[1:]])
 def test_optimizers_made_by_hand(model, dls, engine):
     other = copy.deepcopy(model)
-    for net,opt in ((model, ByHand), (other, optim.SGD)):
+    for net,opt in ((model, HandSGD), (other, optim.SGD)):
         Learner(net, dls, lr=.01, cbs=[engine(), GradClipCB(.5), GradAccumCB(2)], opt_func=opt).fit(2)
     torch.testing.assert_close(own(model), own(other))
 
 def test_loss_scaling_refuses_what_it_cannot_look_into(model, dls):
     batches = iter(dls.train)
-    learn = Learner(model, DataLoaders(batches, []), lr=.01, cbs=MixedPrecision(dtype=torch.float16), opt_func=ByHand)
-    with pytest.raises(TypeError, match='not a ByHand: choose bfloat16'): learn.fit(1, valid=False)
+    learn = Learner(model, DataLoaders(batches, []), lr=.01, cbs=MixedPrecision(dtype=torch.float16), opt_func=HandSGD)
+    with pytest.raises(TypeError, match='not a HandSGD: choose bfloat16'): learn.fit(1, valid=False)
     assert len(list(batches)) == len(dls.train)

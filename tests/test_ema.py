@@ -34,7 +34,7 @@ def test_averages_copy_the_statistics_of_batchnorm(dls):
     model,ema = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)),EMACB(.5)
     fit(model, dls, ema, During(), GradAccumCB(4), valid=True)
     for k in ('running_mean', 'running_var', 'num_batches_tracked'): assert torch.equal(getattr(ema.model[1], k), getattr(model[1], k))
-    assert not torch.equal(ema.model[0].weight, model[0].weight)
+    assert not torch.equal(ema.model[0].weight, model[0].weight) and same(ema.avg, held(ema.model))
     now = held(ema.model)
     fit(model, dls) # without averages
     assert same(now, held(ema.model)), 'its buffers are its own'

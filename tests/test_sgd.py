@@ -3,7 +3,7 @@ import io, warnings
 from functools import partial
 
 import numpy as np, pytest, torch
-from helpers import RaiseCB, weights
+from helpers import HandSGD, RaiseCB, weights
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
@@ -171,14 +171,6 @@ def test_functions_that_make_something_else(model, dls):
             with pytest.raises((TypeError, ValueError), match=what): TrainLearner(model, dls, cbs=cls(sched)).fit(1)
 
 # optimizers and schedulers by hand, subclasses, and what goes on after a resume
-
-class HandSGD:
-    def __init__(self, params, lr): self.params,self.lr = list(params),lr
-    def step(self):
-        with torch.no_grad():
-            for p in self.params: p -= self.lr*p.grad
-    def zero_grad(self):
-        for p in self.params: p.grad.zero_()
 
 class Halve:
     def __init__(self, opt): self.opt = opt

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torchmetrics.functional import accuracy as their_accuracy
 
-from helpers import weights
+from helpers import HandSGD, weights
 from miniai.datasets import DataLoaders
 from miniai.learner import TrainLearner
 from miniai.training import Dataset, accuracy, budget, budget_name, fit, get_dls, out_dir, report
@@ -73,18 +73,9 @@ def test_a_loop_without_validation_data_says_so():
     with pytest.raises(ValueError, match='valid_dl gave no batch'):
         fit(1, model, F.cross_entropy, optim.SGD(model.parameters(), lr=.1), batches(8), [])
 
-class SGD:
-    "As one writes it by hand: it knows two things, and forgets only what there is to forget"
-    def __init__(self, params, lr): self.params,self.lr = list(params),lr
-    def step(self):
-        with torch.no_grad():
-            for p in self.params: p -= self.lr*p.grad
-    def zero_grad(self):
-        for p in self.params: p.grad.zero_()
-
 def test_a_homemade_optimizer_trains_the_same():
     ends = []
-    for make in (SGD, optim.SGD):
+    for make in (HandSGD, optim.SGD):
         torch.manual_seed(0)
         model = nn.Linear(4, 3)
         fit(2, model, F.cross_entropy, make(model.parameters(), lr=.1), batches(8, 8, 3), batches(5))
