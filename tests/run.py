@@ -49,8 +49,8 @@ def main():
     else:
         files,paths = sorted(p for p in (ROOT/'tests').glob('test_*.py') if p.name != 'test_sync.py'),notebooks()
         with ThreadPoolExecutor(CORES) as pool:
-            counts = list(pool.map(lambda i: pytest(*files[i::CORES]), range(min(CORES, len(files)))))
-            results = list(pool.map(notebook, paths))
+            counts = pool.map(lambda i: pytest(*files[i::CORES]), range(min(CORES, len(files)))) # all at once: a core that
+            results = list(pool.map(notebook, paths)) # is done with its tests goes on with notebooks
         ok,bad = map(sum, zip(*counts))
         passed,failed = passed+ok+sum(results), failed+bad+results.count(False)+(not paths)
     if not clean: print('ruff found what stands at the top of this log')
