@@ -263,7 +263,8 @@ def _settings(cb):
     if isinstance(cb, BaseSchedCB):
         return dict(kind=type(cb.schedo).__name__) | {k: v for k,v in cb.state_dict().items() if k[0] != '_' and k != 'base_lrs'}
     ours = type(cb).__module__.startswith('miniai.') # the numbers of others may move
-    if not ours or not any(hasattr(cb, nm) for nm in ('predict', 'after_loss', 'after_backward', 'after_step')): return {}
+    part = any(hasattr(cb, nm) for nm in ('predict', 'after_loss', 'after_backward', 'after_step')) and cb.takes_part is not False
+    if not ours or not part: return {}
     kept = {k: getattr(cb, k, None) for k in inspect.signature(type(cb).__init__).parameters}
     return {k: v for k,v in kept.items() if isinstance(v, (int, float))}
 

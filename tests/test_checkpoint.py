@@ -782,3 +782,9 @@ def test_a_generator_of_a_transform_goes_on(tmp_path):
     whole = fit(noisy())
     fit(noisy(), CheckpointCB(tmp_path, every=1), PowerCut(5))
     assert torch.equal(fit(noisy(), CheckpointCB(tmp_path, resume=True)), whole)
+
+def test_callbacks_that_only_watch_may_come_and_go(tmp_path):
+    from miniai.activations import ActivationStats
+    whole = fit()
+    fit(CheckpointCB(tmp_path, every=1), ActivationStats(), PowerCut(5))
+    assert torch.equal(fit(CheckpointCB(tmp_path, resume=True)), whole)
