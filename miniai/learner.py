@@ -740,7 +740,8 @@ def lr_find(self:Learner,
         keep(p for group in getattr(opt, 'param_groups', []) for p in group['params']) # of the loss, for example
         return opt
     keep([*self.model.parameters(), *self.model.buffers()])
-    try: self.fit_aside(LRFinderCB(gamma, max_mult), max_epochs, train=True, opt_func=keeping, lr=start_lr)
+    made_by = keeping if callable(opt_func) else opt_func # or else a message of the fit says what is wrong
+    try: self.fit_aside(LRFinderCB(gamma, max_mult), max_epochs, train=True, opt_func=made_by, lr=start_lr)
     finally:
         with torch.no_grad():
             for o,was,grad in kept.values(): o.copy_(was); o.grad = grad

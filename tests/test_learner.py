@@ -260,6 +260,11 @@ def test_lr_find_leaves_schedulers_out_and_needs_no_validation_data(model, dls):
 def test_what_lr_find_refuses(model, dls, bad):
     with pytest.raises(ValueError, match='must be above'): TrainLearner(model, dls).lr_find(**bad)
 
+def test_lr_find_without_an_optimizer_of_its_own(model, dls):
+    with pytest.raises(TypeError, match='an optimizer of PyTorch, not None'): TrainLearner(model, dls, opt_func=None).lr_find()
+    made = optim.SGD(model.parameters(), lr=.1)
+    with pytest.raises(TypeError, match='opt_func is a SGD object'): TrainLearner(model, dls, opt_func=made).lr_find()
+
 # --- fits aside
 
 class Watch(Callback):
