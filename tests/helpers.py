@@ -1,4 +1,6 @@
 "What several test files use. pytest puts this folder on the path: `from helpers import Recorder`"
+import sys
+
 import torch
 from miniai.learner import Callback
 
@@ -25,6 +27,22 @@ class HandSGD:
             for p in self.params: p -= self.lr*p.grad
     def zero_grad(self):
         for p in self.params: p.grad.zero_()
+
+def lines_run(module, f, interrupt=None):
+    "Runs `f` and counts the lines of `module` that it passes; raises KeyboardInterrupt before line `interrupt`"
+    n = 0
+    def trace(frame, event, arg):
+        nonlocal n
+        if frame.f_code.co_filename != module.__file__: return None
+        if event == 'line':
+            n += 1
+            if n-1 == interrupt: raise KeyboardInterrupt
+        return trace
+    was = sys.gettrace()
+    sys.settrace(trace)
+    try: f()
+    finally: sys.settrace(was)
+    return n
 
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import miniai.accel, miniai.augment, miniai.checkpoint, miniai.ema
-from helpers import HandSGD
+from helpers import HandSGD, lines_run
 from miniai.accel import AccelerateCB, GradAccumCB, GradClipCB, MixedPrecision
 from miniai.datasets import DataLoaders
 from miniai.ema import EMACB
@@ -346,21 +346,7 @@ def test_a_fit_that_could_not_begin_is_cleaned_up(model, dls, monkeypatch):
         learn.fit(1)
         assert learn.model is model
 
-def lines(f, interrupt=None):
-    "Runs `f` and counts the lines of accel.py that it passes; raises KeyboardInterrupt before line `interrupt`"
-    n = 0
-    def trace(frame, event, arg):
-        nonlocal n
-        if frame.f_code.co_filename != miniai.accel.__file__: return None
-        if event == 'line':
-            n += 1
-            if n-1 == interrupt: raise KeyboardInterrupt
-        return trace
-    was = sys.gettrace()
-    sys.settrace(trace)
-    try: f()
-    finally: sys.settrace(was)
-    return n
+lines = partial(lines_run, miniai.accel)
 
 @engines
 def test_an_interruption_anywhere_leaves_neither_autocast_nor_a_wrapped_model(model, dls, engine):

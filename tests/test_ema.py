@@ -1,5 +1,6 @@
 "Averaged weights: a model of their own, what it holds, when it is evaluated, and that the learner's model is back whatever happens"
-import copy, gc, sys, weakref
+import copy, gc, weakref
+from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import miniai.ema
+from helpers import lines_run
 from miniai.accel import AccelerateCB, GradAccumCB
 from miniai.activations import HooksCallback
 from miniai.checkpoint import CheckpointCB
@@ -90,21 +92,7 @@ def test_the_learner_has_its_model_again_after_an_error_in_evaluation(dls, model
     except (RuntimeError, KeyboardInterrupt): assert error is not CancelEpochException
     assert learn.model is model and torch.equal(own(model), before) and tripped == [ema.model]
 
-def lines(f, interrupt=None):
-    "Runs `f` and counts the lines of ema.py that it passes; raises KeyboardInterrupt before line `interrupt`"
-    n = 0
-    def trace(frame, event, arg):
-        nonlocal n
-        if frame.f_code.co_filename != miniai.ema.__file__: return None if event == 'call' else trace
-        if event == 'line':
-            n += 1
-            if n-1 == interrupt: raise KeyboardInterrupt
-        return trace
-    was = sys.gettrace()
-    sys.settrace(trace)
-    try: f()
-    finally: sys.settrace(was)
-    return n
+lines = partial(lines_run, miniai.ema)
 
 def test_an_interruption_anywhere_leaves_no_mixture(dls):
     "Whichever line it comes before, the learner has its model, whose weights are those of its own training"
